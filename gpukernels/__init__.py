@@ -1,0 +1,27 @@
+"""Kernels for transformers: one op, one meaning, an implementation for every kind of array.
+
+`gpukernels.ops` is the place to start reading: it holds what each op means and checks. A NumPy
+array runs `numpy_ops`, a torch tensor runs `torch_ops`; importing this package imports no torch.
+"""
+
+from gpukernels.ops import (
+    ACTIVATIONS,
+    attention,
+    embedding,
+    layer_norm,
+    linear,
+    matmul,
+    norm_linear,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "attention",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,48 @@
+"""Transformer language models on the ops of `gpukernels`: load, generate, save.
+
+import model
+
+lm = model.load("tiny-gpt2")
+print(lm.generate("And Moses said unto", max_new_tokens=40).text)
+"""
+
+from model.config import PRESETS, GPT2Config
+from model.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextError,
+    DeviceError,
+    HubError,
+    LoadNotice,
+    ModelError,
+    TokenizerError,
+)
+from model.generate import Generation
+from model.language_model import LanguageModel, Stream, from_config, load
+from model.parameters import Parameters
+from model.prompts import Prompt, few_shot
+from model.sampling import Sampling
+from model.tokenizer import Tokenizer
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "ConfigError",
+    "ContextError",
+    "DeviceError",
+    "GPT2Config",
+    "Generation",
+    "HubError",
+    "LanguageModel",
+    "LoadNotice",
+    "ModelError",
+    "Parameters",
+    "Prompt",
+    "Sampling",
+    "Stream",
+    "Tokenizer",
+    "TokenizerError",
+    "few_shot",
+    "from_config",
+    "load",
+]

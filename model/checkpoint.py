@@ -1,0 +1,231 @@
+"""Safetensors files: which ones a model has, what their headers say, and whether to believe it.
+
+A header is a JSON table of names, dtypes, shapes and byte ranges; every claim is checked against the
+file's size before a tensor is read, so that a damaged or hostile file costs one sentence. The rules
+are those of the format (github.com/huggingface/safetensors): ranges in order, without holes or
+overlaps, that end where the file ends.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from model.config import read_json
+from model.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = "model.safetensors"
+
+#: Bits of an element by the format's dtype names; what is not here is not a safetensors file.
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("F4",), 4),
+}
+
+_MAX_HEADER = 100_000_000  # the format's own bound
+
+_AGAIN = "fetch the file again"
+
+#: How to turn a pickle into something that can be read without running it.
+CONVERT = (
+    "convert it where you trust it: transformers.AutoModelForCausalLM.from_pretrained(NAME)"
+    ".save_pretrained(FOLDER) writes safetensors"
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: where its bytes are, and what they mean."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # of the first byte, from the start of the file
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def weight_files(source: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files of a model, and the index's name -> file map if it has one.
+
+    Args:
+        source: a folder in Hugging Face layout, or one `.safetensors` file.
+
+    Raises:
+        CheckpointError: no such files, only pickles, or an index that names what is not there.
+    """
+    if source.is_file():
+        return [source], None
+    single, index = source / WEIGHTS_NAME, source / INDEX_NAME
+    if single.is_file():
+        return [single], None
+    if index.is_file():
+        weight_map = read_index(index)
+        return [source / name for name in sorted(set(weight_map.values()))], weight_map
+    others = sorted(source.glob("*.safetensors"))
+    if len(others) == 1:
+        return others, None
+    if len(others) > 1:
+        names = ", ".join(path.name for path in others[:4])
+        raise CheckpointError(f"{source}: several safetensors files and no {INDEX_NAME} to order them: {names}")
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in source.glob(pattern))
+    if pickles:
+        raise CheckpointError(f"{source}: only pickled weights ({pickles[0]}), which can run code; {CONVERT}")
+    raise CheckpointError(f"{source}: no weights: wanted {WEIGHTS_NAME} or {INDEX_NAME}")
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of a sharded checkpoint, its file names checked to stay beside the index."""
+    weight_map = read_json(path, CheckpointError, limit=_MAX_HEADER).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not all(isinstance(file, str) for file in weight_map.values())
+        or not weight_map
+    ):
+        raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names")
+    problems = []
+    for file in sorted(set(weight_map.values())):
+        # By name only: the Hub's cache links a snapshot's files to ../../blobs, which is its own.
+        if _leaves_folder(file) or not file.endswith(".safetensors"):
+            problems.append(f"{path}: shard {file!r} is refused: it must name a .safetensors file inside the folder")
+        elif not (path.parent / file).is_file():
+            problems.append(f"{path}: shard {file} is missing from the folder; {_AGAIN}")
+    if problems:
+        raise CheckpointError(problems)
+    return weight_map
+
+
+def _leaves_folder(name: str) -> bool:
+    parts = PurePosixPath(name), PureWindowsPath(name)
+    return any(part.is_absolute() or part.drive or ".." in part.parts for part in parts) or "\0" in name
+
+
+def read_entries(source: Path) -> dict[str, TensorEntry]:
+    """All tensors of a model by name, from the headers alone.
+
+    Raises CheckpointError with a sentence for every file that is damaged and every name that is in
+    two files, or in another than the index says.
+    """
+    files, weight_map = weight_files(source)
+    entries: dict[str, TensorEntry] = {}
+    problems: list[str] = []
+    for path in files:
+        try:
+            header = read_header(path)
+        except CheckpointError as fault:
+            problems += fault.problems
+            continue
+        for entry in header:
+            if entry.name in entries:
+                problems.append(f"{path}: tensor {entry.name} is in {entries[entry.name].path.name} too")
+            entries[entry.name] = entry
+    if weight_map is not None and not problems:
+        index = source / INDEX_NAME
+        for name, file in weight_map.items():
+            if name not in entries or entries[name].path.name != Path(file).name:
+                problems.append(f"{index}: says {name} is in {file}, which does not have it")
+        problems += [f"{index}: does not list {name}, which a shard has" for name in entries if name not in weight_map]
+    if problems:
+        raise CheckpointError(problems)
+    return entries
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in file order; CheckpointError if the file is not whole."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; {_AGAIN}")
+            length = int.from_bytes(start, "little")
+            if length > _MAX_HEADER or 8 + length > size:
+                start += file.read(192)
+                raise CheckpointError(f"{path}: {_what_it_is(start, length, size)}")
+            raw = file.read(length)
+    except OSError as fault:
+        raise CheckpointError(f"{path}: cannot be read: {fault.strerror}") from None
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError(f"it must be an object, got {type(header).__name__}")
+        return list(_entries(path, header, 8 + length, size))
+    except (ValueError, RecursionError) as fault:
+        if isinstance(fault, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: the header is damaged: {fault}; {_AGAIN}") from None
+
+
+def _what_it_is(start: bytes, length: int, size: int) -> str:
+    """Why a file does not begin as a safetensors file does, and what to do."""
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "this is a Git LFS pointer of a few lines, not the weights; "
+            "run 'git lfs pull' in its repository, or download the file itself"
+        )
+    if text.startswith((b"<!doctype", b"<html")):
+        return f"this is a web page, not the weights: the download failed; {_AGAIN}"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return f"this is a pickle with a safetensors name, which can run code; {CONVERT}"
+    if length > _MAX_HEADER:
+        return f"not a safetensors file: the header would have {length} bytes, {_MAX_HEADER} is the most; {_AGAIN}"
+    return f"truncated: the header has {length} bytes but the file only {size}; {_AGAIN}"
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} stands in it twice")
+    return table
+
+
+def _entries(path: Path, header: dict, data: int, size: int) -> Iterator[TensorEntry]:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ must map names to strings")
+    entries = [_entry(path, name, info, data) for name, info in header.items()]
+    end = data
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            fault = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {entry.name} {fault}; {_AGAIN}")
+        end += entry.nbytes
+        if end > size:
+            raise CheckpointError(
+                f"{path}: truncated: tensor {entry.name} ends at byte {end}, the file at {size}; {_AGAIN}"
+            )
+        yield entry
+    if end != size:
+        raise CheckpointError(f"{path}: {size - end} bytes follow the last tensor; {_AGAIN}")
+
+
+def _entry(path: Path, name: str, info: object, data: int) -> TensorEntry:
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
+    for what, numbers in (("shape", shape), ("data_offsets", offsets)):
+        whole = isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        if not whole:
+            raise ValueError(f"tensor {name} has the {what} {numbers!r}")
+    if len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise ValueError(f"tensor {name} has the data_offsets {offsets}")
+    bits, nbytes = math.prod(shape) * _BITS[dtype], offsets[1] - offsets[0]
+    if bits != 8 * nbytes:
+        raise ValueError(f"tensor {name} of {dtype} {tuple(shape)} cannot have {nbytes} bytes")
+    return TensorEntry(name, path, dtype, tuple(shape), data + offsets[0], nbytes)

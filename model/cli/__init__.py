@@ -1,0 +1,5 @@
+"""The `gpukernels` command."""
+
+from model.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,50 @@
+"""The `gpukernels` command: its subcommands, and what a user's mistake looks like.
+
+A mistake is one line a problem on standard error and exit code 2 (`check`: 1 where a model would not
+load); a traceback is a bug of ours.
+"""
+
+import os
+import sys
+import warnings
+
+import typer
+
+from model.cli import check, demo, env, generate, info
+from model.errors import LoadNotice, ModelError
+
+app = typer.Typer(
+    name="gpukernels",
+    help="GPT-2 models from Hugging Face checkpoints: generate text, inspect, check.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate")(generate.generate)
+app.command("info")(info.info)
+app.command("check")(check.check)
+app.command("env")(env.env)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Runs the command and exits."""
+    # A load says these through the command's own lines.
+    warnings.simplefilter("ignore", LoadNotice)
+    try:
+        app()
+    except ModelError as fault:
+        for problem in fault.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:
+        print("error: not enough memory on this machine", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has gone (`| head`); Python would complain again while it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -1,0 +1,27 @@
+"""Options and arguments that several subcommands share."""
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a .safetensors file, a name on the Hub, or tiny-gpt2 (the embedded model).",
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A folder, a .safetensors file, a name on the Hub, or tiny-gpt2 (the embedded model).",
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)]
+CacheDir = Annotated[str | None, typer.Option(help="The Hub's cache, if not the usual one.", show_default=False)]
+Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")]
+Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the Hub for a newer version of a cached model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

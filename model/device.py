@@ -1,0 +1,200 @@
+"""Where a model's arrays live: NumPy on the CPU, or a torch device. Decided once, while loading.
+
+`device="cpu"` is NumPy and `device=torch.device("cpu")` is plain torch; `"cuda"` is torch on an NVIDIA
+GPU; `"auto"` is `"cuda"` where there is one. A `Device` makes arrays and moves values in and out; what
+is computed with them is the ops' business.
+"""
+
+import ctypes
+import importlib.util
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpukernels.cast import cast
+from model.errors import DeviceError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+#: Bytes of one element.
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Device(Protocol):
+    """What loading and decoding need of a place for arrays."""
+
+    name: str
+
+    def activation_dtype(self, dtype: str) -> Any:
+        """The dtype that a model with weights of `dtype` computes in."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """An uninitialised array."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array of zeros, in a dtype of the array library."""
+
+    def indices(self, values: Any) -> Any:
+        """Host integers as an int32 array on the device."""
+
+    def assign(self, array: Any, value: Any) -> None:
+        """Copies `value`, of the array's kind and shape, into `array`."""
+
+    def cast(self, source: np.ndarray, format: str, out: Any) -> int:
+        """Writes checkpoint values into `out`; returns how many overflowed. See `gpukernels.cast`."""
+
+    def to_host(self, array: Any) -> np.ndarray:
+        """The values as a float32 array on the host."""
+
+
+class NumpyDevice:
+    """NumPy arrays. float16 is a format for storage here: what is computed is float32."""
+
+    name = "cpu"
+
+    def activation_dtype(self, dtype: str) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return np.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def indices(self, values: Any) -> np.ndarray:
+        return np.asarray(values, np.int32)
+
+    def assign(self, array: np.ndarray, value: np.ndarray) -> None:
+        np.copyto(array, value)
+
+    def cast(self, source: np.ndarray, format: str, out: np.ndarray) -> int:
+        return cast(source, format, out)
+
+    def to_host(self, array: np.ndarray) -> np.ndarray:
+        return array.astype(np.float32, copy=False)
+
+
+class TorchDevice:
+    """Tensors on one torch device, computed in the dtype of the weights."""
+
+    def __init__(self, device: Any):
+        import torch
+
+        self._torch = torch
+        self.device = torch.device(device)
+        self.name = str(self.device)
+
+    def activation_dtype(self, dtype: str) -> Any:
+        return getattr(self._torch, dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self._torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def indices(self, values: Any) -> Any:
+        return self._torch.as_tensor(np.asarray(values, np.int32), device=self.device)
+
+    def assign(self, array: Any, value: Any) -> None:
+        with self._torch.no_grad():
+            array.copy_(value)
+
+    def cast(self, source: np.ndarray, format: str, out: Any) -> int:
+        torch = self._torch
+        if format == "BF16":
+            tensor = torch.from_numpy(source.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(source)
+        # The raw values travel; the device casts (and transposes, where `out` is a transposed view).
+        tensor = tensor.to(self.device).reshape(out.shape)
+        out.copy_(tensor)
+        if out.dtype != torch.float16 or format == "F16":
+            return 0
+        return int(torch.isinf(out).sum() - torch.isinf(tensor).sum())
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return array.detach().float().cpu().numpy()
+
+
+def choose_device(device: Any) -> Device:
+    """The `Device` for "cpu", "cuda", "cuda:1", "auto", or a `torch.device`.
+
+    Raises DeviceError for another name, and for "cuda" with the reason why it is not there.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(device, torch.device):
+        if device.type == "cuda":
+            _require_cuda(device)
+        return TorchDevice(device)
+    if device == "cpu":
+        return NumpyDevice()
+    if device == "auto":
+        return NumpyDevice() if why_no_cuda() else TorchDevice("cuda")
+    kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind == "cuda" and (not index or index.isdecimal()):
+        _require_cuda(device)
+        return TorchDevice(device)
+    raise DeviceError(f'device must be "cpu" (NumPy), "cuda", "auto", or a torch.device, got {device!r}')
+
+
+def choose_dtype(dtype: Any, device: Device, stored: str | None = None) -> str:
+    """The name of the parameters' dtype: `dtype` checked, or for "auto" the device's own choice.
+
+    "auto" is float32 on the CPU; on CUDA float16, or bfloat16 where the checkpoint (`stored`, a
+    safetensors dtype) has that.
+    """
+    cuda = device.name.startswith("cuda")
+    if isinstance(dtype, str) and dtype == "auto":
+        return "float32" if not cuda else "bfloat16" if stored == "BF16" else "float16"
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype)).removeprefix("torch.")
+    if name not in DTYPES:
+        raise DeviceError(f"dtype must be {', '.join(DTYPES)}, or auto, got {dtype!r}")
+    if name == "bfloat16" and isinstance(device, NumpyDevice):
+        raise DeviceError("dtype bfloat16 needs a torch device: NumPy has no such type; use float16 or float32")
+    return name
+
+
+def why_no_cuda() -> str | None:
+    """One sentence on why CUDA cannot be used, or None if it can.
+
+    Asks the driver before it imports torch, which takes a second or more.
+    """
+    devices = _driver_devices()
+    if devices is None:
+        return "there is no NVIDIA driver on this machine"
+    if devices == 0:
+        return "the NVIDIA driver sees no GPU"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed: pip install 'gpukernels[cuda13]' (or cuda12, for an older driver)"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA: install 'gpukernels[cuda13]' (or cuda12)"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use the driver: it may be too old"
+    return None
+
+
+def _driver_devices() -> int | None:
+    """How many GPUs the CUDA driver sees, or None without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _require_cuda(device: Any) -> None:
+    reason = why_no_cuda()
+    if reason:
+        raise DeviceError(f"device {str(device)!r} is not there: {reason}")
+    import torch
+
+    index = torch.device(device).index
+    if index is not None and index >= torch.cuda.device_count():
+        raise DeviceError(f"device {str(device)!r} is not there: torch sees {torch.cuda.device_count()} GPU(s)")

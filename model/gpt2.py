@@ -1,0 +1,147 @@
+"""GPT-2: its tensors, their names in a checkpoint, and the forward pass.
+
+The forward pass is written once, over arrays of NumPy or torch, and calls fused ops of `gpukernels`
+only; the arrays choose what runs. Activations are (B, T, C), heads (B, T, H, D).
+
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): a layer norm in front of
+each half of a block, one behind the last, learned positions, and the token table as the output matrix.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from gpukernels import attention, embedding, linear, norm_linear
+from model.cache import Cache
+from model.config import ACTIVATIONS, GPT2Config
+from model.parameters import Parameters, Slot
+
+# Our names of a block's layers -> the checkpoint's. The checkpoint's products are transformers'
+# Conv1D, stored (in, out); `Slot.transposed` says so, and nothing is guessed from a shape: the square
+# c_proj could not tell.
+_LAYERS = {
+    "norm1": "ln_1",
+    "qkv": "attn.c_attn",
+    "projection": "attn.c_proj",
+    "norm2": "ln_2",
+    "up": "mlp.c_fc",
+    "down": "mlp.c_proj",
+}
+
+# Buffers of old checkpoints: the causal mask and what it writes. Never attn.c_attn.bias.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+_HEAD = "lm_head.weight"
+
+
+def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
+    """Every parameter of the model: our name, the checkpoint's, and the shape, (out, in) for products.
+
+    `head` asks for an output matrix of its own; default where the config does not tie it.
+    """
+    width, hidden = config.n_embd, config.feed_forward_width
+    yield Slot("tokens.weight", "wte.weight", (config.vocab_size, width))
+    yield Slot("positions.weight", "wpe.weight", (config.n_positions, width))
+    products = {
+        "qkv": (3 * width, width),
+        "projection": (width, width),
+        "up": (hidden, width),
+        "down": (width, hidden),
+    }
+    for layer in range(config.n_layer):
+        for ours, theirs in _LAYERS.items():
+            shape = products.get(ours, (width,))
+            name, source = f"blocks.{layer}.{ours}", f"h.{layer}.{theirs}"
+            yield Slot(f"{name}.weight", f"{source}.weight", shape, transposed=ours in products)
+            yield Slot(f"{name}.bias", f"{source}.bias", shape[:1])
+    yield Slot("norm.weight", "ln_f.weight", (width,))
+    yield Slot("norm.bias", "ln_f.bias", (width,))
+    if not config.tie_word_embeddings if head is None else head:
+        yield Slot("head.weight", _HEAD, (config.vocab_size, width))
+
+
+@dataclass
+class NameMap:
+    """What a checkpoint's tensor names come to: the base name of each, without wrappers' prefixes."""
+
+    names: dict[str, str] = field(default_factory=dict)  # base name -> name in the file
+    notices: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def map_names(names: Iterable[str]) -> NameMap:
+    """Strips `transformer.` and, with a notice, what torch's wrappers put in front; drops buffers."""
+    result, wrappers = NameMap(), set()
+    for name in names:
+        base = name
+        while base.startswith(("module.", "_orig_mod.", "transformer.")):
+            prefix, base = base.split(".", 1)
+            if prefix != "transformer":
+                wrappers.add(prefix + ".")
+        if _BUFFER.fullmatch(base):
+            continue
+        if base in result.names:
+            result.problems.append(f"tensor {base} is there twice, as {result.names[base]} and {name}")
+        result.names[base] = name
+    if wrappers:
+        result.notices.append(f"tensor names: the prefix {' and '.join(sorted(wrappers))} of a wrapper was removed")
+    return result
+
+
+def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions, cache: Cache | None = None):
+    """The residual stream behind the last block, before the final norm.
+
+    Args:
+        ids: (B, T) token ids.
+        positions: (B, T) or broadcast views of it, where the tokens stand.
+        cache: the keys and values of what came before; takes those of these tokens. Its lengths
+            already count the T new tokens. None: the tokens are all there is.
+
+    Returns:
+        (B, T, C).
+    """
+    root = parameters.root
+    x = embedding(
+        ids,
+        root["tokens.weight"],
+        positions=positions,
+        position_weight=root["positions.weight"],
+        dtype=parameters.activation_dtype,
+    )
+    for layer, block_parameters in enumerate(parameters.blocks):
+        x = block(block_parameters, config, layer, x, cache)
+    return x
+
+
+def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = None):
+    """One block: x (B, T, C) -> (B, T, C), from the parameters of that block alone."""
+    batch, new, width = x.shape
+    eps = config.layer_norm_epsilon
+
+    qkv = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps)
+    qkv = qkv.reshape(batch, new, 3, config.n_head, config.head_width)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    lengths = None
+    if cache is not None:
+        k, v = cache.append(layer, k, v)
+        lengths = cache.lengths
+    y = attention(q, k, v, lengths=lengths, scale=config.attention_scale(layer))
+    x = linear(y.reshape(batch, new, width), p["projection.weight"], p["projection.bias"], residual=x)
+
+    up = norm_linear(
+        x,
+        p["norm2.weight"],
+        p["norm2.bias"],
+        p["up.weight"],
+        p["up.bias"],
+        eps=eps,
+        activation=ACTIVATIONS[config.activation_function],
+    )
+    return linear(up, p["down.weight"], p["down.bias"], residual=x)
+
+
+def unembed(parameters: Parameters, config: GPT2Config, x):
+    """Logits (..., V) of hidden states (..., C)."""
+    root = parameters.root
+    head = root.get("head.weight", root["tokens.weight"])
+    return norm_linear(x, root["norm.weight"], root["norm.bias"], head, eps=config.layer_norm_epsilon)

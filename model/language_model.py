@@ -1,0 +1,390 @@
+"""`LanguageModel`: a loaded model and everything that can be asked of it."""
+
+import secrets
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model import gpt2
+from model.check import vocabulary_notices
+from model.config import PRESETS, GPT2Config, generation_eos
+from model.decoder import EagerDecoder
+from model.device import choose_device, choose_dtype
+from model.errors import ConfigError, ContextError, LoadNotice, ModelError, TokenizerError
+from model.generate import OVERFLOWS, Generation, Limits, Row, run
+from model.load import fill, fill_random, locate, plan
+from model.parameters import Parameters
+from model.sampling import Sampling
+from model.save import save
+from model.tokenizer import Tokenizer
+
+
+def load(
+    source: str | Path,
+    *,
+    device: Any = "auto",
+    dtype: Any = "auto",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    refresh: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> "LanguageModel":
+    """Loads a GPT-2 checkpoint in Hugging Face layout.
+
+    Args:
+        source: a folder, a `.safetensors` file beside its `config.json`, "tiny-gpt2" (the embedded
+            model), or a name on the Hub ("gpt2", "openai-community/gpt2-xl"). What is on disk comes
+            first; a name that is in the Hub's cache asks no network.
+        device: "cpu" (NumPy), "cuda", "cuda:1", "auto" (CUDA where it works, else NumPy), or a
+            `torch.device` ("cpu" there is plain torch).
+        dtype: of the weights: "float32", "float16", "bfloat16" (torch devices), or "auto": float32 on
+            the CPU; on CUDA float16, or bfloat16 where the checkpoint has it. On NumPy, float16 halves
+            the memory and is widened block by block as it is used, which is slower.
+        revision: a branch, tag or commit of the Hub's repository.
+        cache_dir, local_files_only, token: as in `huggingface_hub`.
+        refresh: ask the Hub for a newer commit although the model is in the cache.
+        progress: called with the bytes read and the bytes to read.
+
+    Returns:
+        The model. What its user should know is in `notices`, and issued as `LoadNotice` warnings.
+
+    Raises:
+        ModelError: one of its kinds, with a sentence for every problem found. Nothing has been
+            allocated then, unless reading itself failed.
+
+    Memory: each tensor is read straight into its place; the peak is the weights and one 4 MiB buffer.
+    """
+    place = choose_device(device)
+    choose_dtype(dtype, place)
+    path = locate(
+        source,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        refresh=refresh,
+    )
+    planned = plan(path)
+    tokenizer = Tokenizer.from_folder(planned.folder)
+    eos = generation_eos(planned.folder)
+    parameters, overflows = fill(planned, place, choose_dtype(dtype, place, planned.stored), progress)
+    notices = planned.notices + overflows
+    if tokenizer is not None:
+        notices += vocabulary_notices(tokenizer, planned.config.vocab_size)
+    for notice in notices:
+        warnings.warn(notice, LoadNotice, stacklevel=2)
+    return LanguageModel(
+        planned.config,
+        parameters,
+        tokenizer=tokenizer,
+        eos_token_ids=eos,
+        values=planned.values,
+        folder=planned.folder,
+        notices=notices,
+    )
+
+
+def from_config(
+    config: str | GPT2Config, *, seed: int = 0, device: Any = "auto", dtype: Any = "auto"
+) -> "LanguageModel":
+    """A model with random weights: a preset's name ("gpt2-xl") or a config; no files, no network.
+
+    The weights are drawn as GPT-2's were: N(0, 0.02), residual projections over sqrt(2 L). It has no
+    tokenizer: prompts are token ids.
+    """
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ConfigError(f"{config!r} is not a preset: there are {', '.join(PRESETS)}")
+        config = PRESETS[config]
+    place = choose_device(device)
+    dtype = choose_dtype(dtype, place)
+    parameters = fill_random(gpt2.slots(config), config, place, dtype, seed)
+    return LanguageModel(config, parameters)
+
+
+class LanguageModel:
+    """A model on its device. Made by `model.load` and `model.from_config`.
+
+    Attributes:
+        config: shape and arithmetic.
+        parameters: the weights by name; assigning checks shape and dtype and copies.
+        tokenizer: or None where the checkpoint has none.
+        eos_token_ids: the ids that end a text.
+        notices: what was remarkable about the checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        parameters: Parameters,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        values: dict | None = None,
+        folder: Path | None = None,
+        notices: Sequence[str] = (),
+    ):
+        self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
+        self.eos_token_ids = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self.notices = list(notices)
+        self._values, self._folder = values or {}, folder
+
+    def logits(self, ids: Any) -> np.ndarray:
+        """The logits behind every token.
+
+        Args:
+            ids: (T,) or (B, T) token ids: a list, or an array of NumPy or torch. T is at most
+                `config.n_positions`.
+
+        Returns:
+            (B, T, V) float32, on the host; B is 1 for one sequence.
+
+        Raises:
+            ModelError: ids of another shape or outside the vocabulary.
+            ContextError: more tokens than positions.
+        """
+        ids = self._check_ids(ids)
+        if ids.ndim == 1:
+            ids = ids[None]
+        if ids.ndim != 2:
+            raise ModelError(f"ids must be (T,) or (B, T), got {ids.shape}")
+        new = ids.shape[1]
+        if new > self.config.n_positions:
+            raise ContextError(f"ids have {new} tokens, but the model has {self.config.n_positions} positions")
+        device = self.parameters.device
+        positions = device.indices(np.broadcast_to(np.arange(new), ids.shape))
+        x = gpt2.hidden_states(self.parameters, self.config, device.indices(ids), positions)
+        return device.to_host(gpt2.unembed(self.parameters, self.config, x))
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | None = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        n: int = 1,
+        overflow: str = "error",
+        batch_size: int = 8,
+    ) -> Generation | list[Generation]:
+        """Continues one prompt or several.
+
+        Args:
+            prompt: a string, a list of strings, token ids, or a list of lists of them. The empty
+                string starts from the model's bos token.
+            max_new_tokens: how many tokens may follow; None: as many as there are positions.
+            temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. The default
+                temperature 0 is greedy.
+            stop: text that ends a row; it is not part of the result.
+            seed: fixes the draws. Row i draws from stream i of one seed; with a list, one seed for each
+                row, each draws from stream 0 of its own, as it would alone. None: a new one.
+            n: rows for each prompt, one after the other in the result.
+            overflow: what happens where the positions end: "error" (before anything is computed),
+                "truncate_left" (the prompt loses its beginning), "slide" (the older half is forgotten
+                and the rest computed anew, again and again).
+            batch_size: rows computed together; they do not change one another's tokens.
+
+        Returns:
+            A `Generation`; a list of them, prompt by prompt, for several prompts or n > 1.
+
+        Raises:
+            ModelError: an argument that cannot be, a prompt without a tokenizer.
+            ContextError: a prompt that does not fit.
+        """
+        rows, limits, single = self._rows(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+            stop=stop,
+            seed=seed,
+            n=n,
+            overflow=overflow,
+        )
+        if not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ModelError(f"batch_size must be 1 or more, got {batch_size!r}")
+        for _ in self._run(rows, limits, batch_size):
+            pass
+        results = [row.result() for row in rows]
+        return results[0] if single else results
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        overflow: str = "error",
+    ) -> "Stream":
+        """Continues one prompt, text as it comes: an iterator of pieces that join to `generate`'s text.
+
+        The arguments are those of `generate`, and are checked before the first piece is asked for.
+        After the last piece `result` holds the `Generation`.
+        """
+        rows, limits, single = self._rows(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+            stop=stop,
+            seed=seed,
+            n=1,
+            overflow=overflow,
+        )
+        if not single:
+            raise ModelError("stream takes one prompt; use generate for several")
+        self._require_tokenizer("text")
+        return Stream(rows[0], self._run(rows, limits, 1))
+
+    def save(self, target: str | Path) -> None:
+        """Writes the model in Hugging Face layout, for transformers, vLLM, or `model.load`.
+
+        Args:
+            target: a folder (made if it is not there), or a `.safetensors` file.
+
+        Each file is written under a temporary name and renamed when it is whole. See `model.save`.
+        """
+        save(
+            Path(target),
+            self.config,
+            self.parameters,
+            values=self._values,
+            tokenizer=self.tokenizer,
+            folder=self._folder,
+        )
+
+    def _run(self, rows: list[Row], limits: Limits, batch_size: int) -> Iterator[tuple[Row, str]]:
+        slots = min(batch_size, len(rows))
+        if slots == 0:
+            return
+        slides = limits.overflow == "slide"
+        capacity = limits.positions if slides else max(row.positions_needed for row in rows)
+        decoder = EagerDecoder(self.parameters, self.config, rows=slots, capacity=capacity)
+        # What the tokenizer has no text for is padding of the table: never chosen.
+        known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
+        device = self.parameters.device
+        yield from run(
+            decoder, rows, slots=slots, limits=limits, to_host=lambda logits: device.to_host(logits)[:, :known]
+        )
+
+    def _rows(self, prompt, *, max_new_tokens, sampling, stop, seed, n, overflow) -> tuple[list[Row], Limits, bool]:
+        """The rows of a call, and whether it asks for a single result; every argument checked."""
+        for name, value, optional in (("max_new_tokens", max_new_tokens, True), ("n", n, False)):
+            if not (optional and value is None) and not (_whole(value) and value >= 1):
+                raise ModelError(f"{name} must be 1 or more{', or None' * optional}, got {value!r}")
+        if overflow not in OVERFLOWS:
+            raise ModelError(f"overflow must be one of {', '.join(OVERFLOWS)}, got {overflow!r}")
+        if overflow == "slide" and max_new_tokens is None:
+            raise ModelError('overflow="slide" never ends by itself: give max_new_tokens')
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if not all(isinstance(each, str) and each for each in stops):
+            raise ModelError(f"stop must be a string or several, none of them empty, got {stop!r}")
+        if stops:
+            self._require_tokenizer("stop strings")
+
+        prompts, single = self._prompts(prompt)
+        count = len(prompts) * n
+        if seed is None:
+            seed = secrets.randbits(63)
+        if _whole(seed):
+            streams = [(int(seed), row) for row in range(count)]
+        else:
+            if not isinstance(seed, Sequence) or isinstance(seed, str) or len(seed) != count:
+                raise ModelError(f"seed must be a whole number, or a list of {count} (one a row), got {seed!r}")
+            streams = [(each, 0) for each in seed]
+        if not all(_whole(each) and 0 <= each < 2**64 for each, _ in streams):
+            raise ModelError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+
+        limits = Limits(self.config.n_positions, frozenset(self.eos_token_ids), overflow, max_new_tokens)
+        rows = [
+            Row(
+                prompts[row // n],
+                limits=limits,
+                sampling=sampling,
+                seed=each,
+                stream=stream,
+                stops=stops,
+                tokenizer=self.tokenizer,
+            )
+            for row, (each, stream) in enumerate(streams)
+        ]
+        return rows, limits, single and n == 1
+
+    def _prompts(self, prompt) -> tuple[list[list[int]], bool]:
+        """Token ids of every prompt, and whether there was just one."""
+        if isinstance(prompt, str):
+            return [self._encode(prompt)], True
+        if isinstance(prompt, Sequence) and all(isinstance(each, str) for each in prompt):
+            return [self._encode(each) for each in prompt], False
+        if isinstance(prompt, Sequence) and prompt and all(isinstance(each, Sequence) for each in prompt):
+            return [self._ids(each) for each in prompt], False
+        ids = self._check_ids(prompt)
+        if ids.ndim == 2:
+            return [self._ids(row) for row in ids], False
+        return [self._ids(ids)], True
+
+    def _ids(self, ids) -> list[int]:
+        ids = self._check_ids(ids)
+        if ids.ndim != 1 or not ids.size:
+            raise ModelError(f"a prompt must have one token id or more in one row, got the shape {ids.shape}")
+        return ids.tolist()
+
+    def _encode(self, text: str) -> list[int]:
+        self._require_tokenizer("text")
+        if text:
+            return self._check_ids(self.tokenizer.encode(text)).tolist()
+        if self.config.bos_token_id is None or self.config.bos_token_id >= self.config.vocab_size:
+            raise ModelError("the prompt is empty, and the model has no bos token to start from")
+        return [self.config.bos_token_id]
+
+    def _check_ids(self, ids: Any) -> np.ndarray:
+        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise ModelError(f"token ids must be integers, got {ids.dtype}")
+        size = self.config.vocab_size
+        if ids.size and not 0 <= ids.min() <= ids.max() < size:
+            raise ModelError(f"token ids must be 0 to {size - 1}, got {ids.min()} to {ids.max()}")
+        return ids.astype(np.int64)
+
+    def _require_tokenizer(self, what: str) -> None:
+        if self.tokenizer is None:
+            raise TokenizerError(f"{what} needs a tokenizer, and this model has none: prompts can be token ids")
+
+
+class Stream:
+    """Pieces of text as they come; `result` after the last."""
+
+    def __init__(self, row: Row, events: Iterator[tuple[Row, str]]):
+        self._row, self._events = row, events
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        for _, piece in self._events:
+            if piece:
+                return piece
+        raise StopIteration
+
+    @property
+    def result(self) -> Generation:
+        """The whole; what there is so far, before the end."""
+        return self._row.result()
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

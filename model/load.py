@@ -1,0 +1,261 @@
+"""From a name to a model: find the files, read the config, match the names, fill the parameters.
+
+    source -> locate -> Plan (config, tensors matched to slots; nothing allocated) -> fill
+
+`plan` alone is the pre-flight: it reads JSON and headers, never weights. Every problem it meets is in
+one error. `fill` then allocates each parameter once and reads each tensor straight into its place.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from gpukernels.cast import FORMATS
+from model import gpt2
+from model.checkpoint import TensorEntry, read_entries
+from model.config import GPT2Config, read_config, read_json
+from model.device import Device
+from model.errors import CheckpointError, ModelError
+from model.parameters import Parameters, Slot
+
+#: The embedded model: 5.9 M parameters, trained on the King James Bible.
+BUNDLED = "tiny-gpt2"
+_BUNDLED_FOLDER = Path(__file__).parent / "bundled" / BUNDLED
+
+# Bytes read at a time where they cannot go straight into the parameter.
+_CHUNK = 4 * 2**20
+
+_SHOWN = 20  # problems of one kind that an error lists
+
+
+@dataclass
+class Plan:
+    """What would be loaded: the config, and for every slot the tensor that fills it."""
+
+    source: Path  # the folder, or the .safetensors file
+    values: dict  # config.json as it stands
+    config: GPT2Config
+    slots: list[Slot]
+    entries: dict[str, TensorEntry]  # by slot name
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return self.source.parent if self.source.is_file() else self.source
+
+    @property
+    def stored(self) -> str:
+        """The dtype of the checkpoint's largest tensor."""
+        return max(self.entries.values(), key=lambda entry: entry.nbytes).dtype
+
+
+def locate(source: str | Path, *, revision=None, cache_dir=None, local_files_only=False, token=None, refresh=False):
+    """The folder or file of a model: a path, the embedded model's name, or a name on the Hub.
+
+    What exists on disk comes first, then `tiny-gpt2`, then the Hub (its cache, then the network).
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix != ".safetensors":
+            raise CheckpointError(f"{path}: must be a folder or a .safetensors file")
+        return path
+    if str(source) == BUNDLED:
+        return _BUNDLED_FOLDER
+    text = str(source)
+    if isinstance(source, Path) or text.startswith((".", "/", "~")) or text.endswith(".safetensors"):
+        raise CheckpointError(f"{source}: there is no such file or folder")
+    from model.hub import fetch
+
+    return fetch(
+        text,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        refresh=refresh,
+    )
+
+
+def plan(source: Path, *, headers_only: bool = False) -> Plan:
+    """Reads config.json and the headers of `source`, and matches them.
+
+    A config that ties the output matrix to the token table, with a file that has both, asks for a look
+    at their bytes; `headers_only` leaves that out and takes them for equal.
+
+    Raises ModelError (ConfigError, CheckpointError) with every problem found: a config key that is
+    refused, a damaged file, each tensor that is missing, unexpected, or of the wrong shape or dtype.
+    """
+    folder = source.parent if source.is_file() else source
+    path, faults = folder / "config.json", []
+    values = _attempt(faults, read_json, path)
+    tensors = _attempt(faults, read_entries, source)
+    config = _attempt(faults, read_config, values, str(path)) if values is not None else None
+    if faults:
+        raise type(faults[0])([problem for fault in faults for problem in fault.problems])
+    config, notices = config
+
+    names = gpt2.map_names(tensors)
+    notices += names.notices
+    by_base = {base: tensors[name] for base, name in names.names.items()}
+    head = by_base.get("lm_head.weight")
+    table = by_base.get("wte.weight")
+    own_head = not config.tie_word_embeddings
+    if head is not None and config.tie_word_embeddings:
+        own_head = table is None or head.shape != table.shape or not (headers_only or _equal(head, table))
+        if own_head:
+            notices.append("lm_head.weight differs from wte.weight although the config ties them: the file's is used")
+        else:
+            del by_base["lm_head.weight"]
+    slots = list(gpt2.slots(config, head=own_head))
+    problems = names.problems + _mismatches(slots, by_base)
+    if problems:
+        raise CheckpointError([f"{source}: {problem}" for problem in problems])
+    return Plan(source, values, config, slots, {slot.name: by_base[slot.source] for slot in slots}, notices)
+
+
+def _attempt(faults: list[ModelError], read: Callable, *arguments):
+    """What `read` returns; what it raises joins `faults`, so that one error can list them all."""
+    try:
+        return read(*arguments)
+    except ModelError as fault:
+        faults.append(fault)
+
+
+def _mismatches(slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[str]:
+    """What is missing, unexpected, or of the wrong shape or dtype, a sentence each."""
+    wanted = {slot.source: slot for slot in slots}
+    missing = [f"tensor {name} {slot.stored_shape} is missing" for name, slot in wanted.items() if name not in tensors]
+    unexpected = [
+        f"tensor {entry.name} {entry.shape} is unexpected: this GPT-2 has no such parameter"
+        for name, entry in tensors.items()
+        if name not in wanted
+    ]
+    wrong = []
+    for name, slot in wanted.items():
+        entry = tensors.get(name)
+        if entry is None:
+            continue
+        if entry.shape != slot.stored_shape:
+            turned = " (it looks transposed: was it saved from torch.nn.Linear?)" * (
+                slot.transposed and entry.shape == slot.shape
+            )
+            wrong.append(f"tensor {entry.name} is {entry.shape}, the config wants {slot.stored_shape}{turned}")
+        elif entry.dtype not in FORMATS:
+            wrong.append(f"tensor {entry.name} has the dtype {entry.dtype}, read are {', '.join(FORMATS)}")
+    return [*_some(missing), *_some(unexpected), *_some(wrong)]
+
+
+def _some(problems: list[str]) -> list[str]:
+    if len(problems) <= _SHOWN:
+        return problems
+    return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more like the last"]
+
+
+def _equal(a: TensorEntry, b: TensorEntry) -> bool:
+    """Whether two tensors have the same bytes, compared a chunk at a time."""
+    if a.dtype != b.dtype or a.nbytes != b.nbytes:
+        return False
+    with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
+        file_a.seek(a.offset)
+        file_b.seek(b.offset)
+        for start in range(0, a.nbytes, _CHUNK):
+            size = min(_CHUNK, a.nbytes - start)
+            if file_a.read(size) != file_b.read(size):
+                return False
+    return True
+
+
+def fill(
+    plan: Plan, device: Device, dtype: str, progress: Callable[[int, int], None] | None = None
+) -> tuple[Parameters, list[str]]:
+    """Allocates the parameters and reads every tensor into its place, in file order.
+
+    Args:
+        progress: called with the bytes read and the bytes to read.
+
+    Returns:
+        The parameters, and notices of values that became infinite in `dtype`.
+    """
+    parameters = Parameters(plan.slots, device, dtype)
+    pairs = sorted(
+        ((plan.entries[slot.name], slot) for slot in plan.slots), key=lambda pair: (pair[0].path, pair[0].offset)
+    )
+    total, done, notices = sum(entry.nbytes for entry, _ in pairs), 0, []
+    file: BinaryIO | None = None
+    scratch = memoryview(bytearray(_CHUNK))
+    try:
+        for entry, slot in pairs:
+            if file is None or file.name != str(entry.path):
+                if file is not None:
+                    file.close()
+                # Unbuffered: a read goes straight into the memory it is given.
+                file = open(entry.path, "rb", buffering=0)  # noqa: SIM115
+            array = parameters[slot.name]
+            overflowed = _read(file, entry, array.T if slot.transposed else array, device, scratch)
+            if overflowed:
+                notices.append(f"{entry.name}: {overflowed} values are too large for {dtype} and became infinite")
+            done += entry.nbytes
+            if progress is not None:
+                progress(done, total)
+    except OSError as fault:
+        raise CheckpointError(f"{entry.path}: cannot be read: {fault.strerror}") from None
+    finally:
+        if file is not None:
+            file.close()
+    return parameters, notices
+
+
+def _read(file: BinaryIO, entry: TensorEntry, out, device: Device, scratch: memoryview) -> int:
+    """Reads one tensor into `out`, in the file's orientation; returns how many values overflowed."""
+    stored = FORMATS[entry.dtype]
+    file.seek(entry.offset)
+    if isinstance(out, np.ndarray) and out.dtype == stored and out.flags.c_contiguous:
+        _read_exactly(file, memoryview(out).cast("B"), entry)
+        return 0
+    overflowed = 0
+    row = stored.itemsize * (entry.size // max(1, entry.shape[0]))
+    rows = max(1, len(scratch) // max(1, row))
+    if row > len(scratch):
+        scratch = memoryview(bytearray(row))
+    for start in range(0, entry.shape[0], rows):
+        part = out[start : start + rows]
+        raw = scratch[: part.shape[0] * row]
+        _read_exactly(file, raw, entry)
+        overflowed += device.cast(np.frombuffer(raw, stored), entry.dtype, part)
+    return overflowed
+
+
+def _read_exactly(file: BinaryIO, out: memoryview, entry: TensorEntry) -> None:
+    while out.nbytes:
+        count = file.readinto(out)
+        if not count:
+            raise CheckpointError(f"{entry.path}: ended inside tensor {entry.name}: the file changed while it was read")
+        out = out[count:]
+
+
+def fill_random(slots: Iterable[Slot], config: GPT2Config, device: Device, dtype: str, seed: int) -> Parameters:
+    """Parameters as GPT-2 starts training: N(0, 0.02), the residual projections' over sqrt(2 L).
+
+    Norm weights are 1, biases 0. A seed gives the same numbers on every device, rounded to `dtype`.
+    """
+    parameters = Parameters(slots, device, dtype)
+    random = np.random.default_rng(seed)
+    for slot in parameters.slots.values():
+        array = parameters[slot.name]
+        view = array.T if slot.transposed else array
+        spread = 0.02
+        if ".projection." in slot.name or ".down." in slot.name:
+            spread /= (2 * config.n_layer) ** 0.5
+        rows = max(1, _CHUNK // 4 // max(1, slot.stored_shape[-1] if len(slot.shape) > 1 else 1))
+        for start in range(0, view.shape[0], rows):
+            part = view[start : start + rows]
+            if len(slot.shape) > 1:
+                values = random.standard_normal(tuple(part.shape), dtype=np.float32)
+                values *= np.float32(spread)
+            else:
+                values = np.full(tuple(part.shape), float(slot.name.endswith(".weight")), np.float32)
+            device.cast(values.reshape(-1), "F32", part)
+    return parameters

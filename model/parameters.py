@@ -1,0 +1,89 @@
+"""A model's weights: one mapping of names to arrays, allocated once, grouped by block for the forward."""
+
+import math
+from collections.abc import Iterable, Iterator, MutableMapping
+from dataclasses import dataclass
+
+from model.device import Device
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter comes from and what shape it has."""
+
+    name: str
+    source: str  # its name in a checkpoint
+    shape: tuple[int, ...]  # (out, in) for a product
+    transposed: bool = False  # the checkpoint stores (in, out)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+class Parameters(MutableMapping):
+    """The parameters by name ("blocks.0.qkv.weight"); products are (out, in).
+
+    Assigning copies into the parameter's own memory, which never moves; a value of another shape or
+    dtype is refused, and so is a name that the model does not have. `root` holds what is outside the
+    blocks and `blocks[i]` the slice of block i by its short names ("qkv.weight"): the same arrays.
+    """
+
+    def __init__(self, slots: Iterable[Slot], device: Device, dtype: str):
+        self.slots = {slot.name: slot for slot in slots}
+        self.device, self.dtype = device, dtype
+        self.activation_dtype = device.activation_dtype(dtype)
+        self.root: dict = {}
+        self.blocks: list[dict] = []
+        self._arrays = {}
+        for slot in self.slots.values():
+            array = device.empty(slot.shape, dtype)
+            self._arrays[slot.name] = array
+            group, _, short = slot.name.partition(".")
+            if group != "blocks":
+                self.root[slot.name] = array
+                continue
+            layer, _, short = short.partition(".")
+            while len(self.blocks) <= int(layer):
+                self.blocks.append({})
+            self.blocks[int(layer)][short] = array
+
+    @property
+    def count(self) -> int:
+        """How many numbers the model has."""
+        return sum(slot.size for slot in self.slots.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def __getitem__(self, name: str):
+        return self._arrays[name]
+
+    def __setitem__(self, name: str, value) -> None:
+        if name not in self._arrays:
+            raise KeyError(f"{name}: the model has no such parameter")
+        array = self._arrays[name]
+        if not isinstance(value, type(array)):
+            wanted, got = type(array), type(value)
+            raise TypeError(
+                f"{name}: must be a {wanted.__module__}.{wanted.__name__}, got {got.__module__}.{got.__name__}"
+            )
+        if tuple(value.shape) != tuple(array.shape):
+            raise ValueError(f"{name}: must have the shape {tuple(array.shape)}, got {tuple(value.shape)}")
+        if value.dtype != array.dtype:
+            raise TypeError(f"{name}: must have the dtype {array.dtype}, got {value.dtype}")
+        self.device.assign(array, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name}: a model's parameters cannot be removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)

@@ -1,0 +1,122 @@
+"""Writing a model in Hugging Face layout, so that a reader never meets half a file."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import TensorSpec, serialize_file
+
+from model.checkpoint import INDEX_NAME, WEIGHTS_NAME
+from model.config import GPT2Config, read_json
+from model.errors import CheckpointError
+from model.parameters import Parameters
+from model.tokenizer import Tokenizer
+
+# Files beside the weights that a tokenizer or a generation may need, copied as they are.
+_BESIDE = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def save(
+    target: Path,
+    config: GPT2Config,
+    parameters: Parameters,
+    *,
+    values: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Writes weights, config and tokenizer.
+
+    Args:
+        target: a folder, made if it is not there, or a `.safetensors` file in one.
+        values: the `config.json` that the model came with; keys that are not computed here stay.
+        folder: where the model came from; small files beside the weights are copied from there.
+
+    Tensors have transformers' names and layout (products (in, out)) and the parameters' dtype. Every
+    file is written under a temporary name, synced, and renamed; the weights come last.
+
+    Raises CheckpointError where the target cannot be written, and for a single file beside the
+    `config.json` of another model.
+    """
+    single = target.suffix == ".safetensors"
+    place = target.parent if single else target
+    weights = target if single else target / WEIGHTS_NAME
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place}: is not a folder")
+    if weights.is_dir():
+        raise CheckpointError(f"{weights}: is a folder")
+    document = _config_json(config, parameters, values)
+    beside = place / "config.json"
+    if single and beside.exists() and read_json(beside) != document:
+        raise CheckpointError(f"{beside}: belongs to another model; save {target.name} into a folder of its own")
+
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        _replace(beside, lambda path: path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
+        for name in _BESIDE:
+            source = folder / name if folder is not None else None
+            if source is not None and source.is_file() and place.resolve() != folder.resolve():
+                _replace(place / name, lambda path, source=source: shutil.copyfile(source, path))
+        if tokenizer is not None:
+            _replace(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
+        _replace(weights, lambda path: _write_weights(path, parameters))
+        if not single:
+            # transformers prefers the single file, but other readers may take an older index first.
+            (place / INDEX_NAME).unlink(missing_ok=True)
+    except OSError as fault:
+        raise CheckpointError(f"{fault.filename or place}: cannot be written: {fault.strerror or fault}") from None
+
+
+def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, Any]) -> dict[str, Any]:
+    document = {**values, **config.to_json(), "dtype": parameters.dtype}
+    if "torch_dtype" in values:
+        document["torch_dtype"] = parameters.dtype
+    # A head that differed from the table is in the file, and a reader must not tie it again.
+    document["tie_word_embeddings"] = "head.weight" not in parameters
+    return document
+
+
+def _write_weights(path: Path, parameters: Parameters) -> None:
+    """All tensors, in slot order, from the parameters' own memory where it is contiguous."""
+    specs, kept = {}, []
+    for name, slot in parameters.slots.items():
+        array = parameters[name].T if slot.transposed else parameters[name]
+        host, address = _host_bytes(array)
+        kept.append(host)
+        source = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
+        specs[source] = TensorSpec(
+            dtype=parameters.dtype, shape=list(slot.stored_shape), data_ptr=address, data_len=host.nbytes
+        )
+    serialize_file(specs, str(path), metadata={"format": "pt"})
+
+
+def _host_bytes(array: Any) -> tuple[Any, int]:
+    """A contiguous host array or tensor of these values, and where its bytes are."""
+    if isinstance(array, np.ndarray):
+        array = np.ascontiguousarray(array)
+        return array, array.ctypes.data
+    array = array.detach().cpu().contiguous()
+    return array, array.data_ptr()
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file under a temporary name beside `path`, then renames it over `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
