@@ -9,9 +9,10 @@ overlaps, that end where the file ends.
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from model.config import read_json
 from model.errors import CheckpointError
@@ -32,6 +33,9 @@ _BITS = {
 _MAX_HEADER = 100_000_000  # the format's own bound
 
 _AGAIN = "fetch the file again"
+
+# A shard's name in an index: no absolute path, no drive, no way up.
+_SHARD = re.compile(r"(?!/|.*\.\.)[\w./-]+\.safetensors")
 
 #: How to turn a pickle into something that can be read without running it.
 CONVERT = (
@@ -85,30 +89,30 @@ def weight_files(source: Path) -> tuple[list[Path], dict[str, str] | None]:
     raise CheckpointError(f"{source}: no weights: wanted {WEIGHTS_NAME} or {INDEX_NAME}")
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """The weight map of a sharded checkpoint, its file names checked to stay beside the index."""
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The tensor -> file map of an index; its file names become paths, so none may lead out of the folder.
+
+    By name only: the Hub's cache links a snapshot's files to ../../blobs, which is its own affair.
+    """
     weight_map = read_json(path, CheckpointError, limit=_MAX_HEADER).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not all(isinstance(file, str) for file in weight_map.values())
-        or not weight_map
-    ):
-        raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names")
-    problems = []
-    for file in sorted(set(weight_map.values())):
-        # By name only: the Hub's cache links a snapshot's files to ../../blobs, which is its own.
-        if _leaves_folder(file) or not file.endswith(".safetensors"):
-            problems.append(f"{path}: shard {file!r} is refused: it must name a .safetensors file inside the folder")
-        elif not (path.parent / file).is_file():
-            problems.append(f"{path}: shard {file} is missing from the folder; {_AGAIN}")
-    if problems:
-        raise CheckpointError(problems)
+    named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not named or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names; {_AGAIN}")
+    refused = [file for file in sorted(set(weight_map.values())) if not _SHARD.fullmatch(file)]
+    if refused:
+        raise CheckpointError(
+            [f"{path}: shard {file!r} is refused: it must name a .safetensors file beside it" for file in refused]
+        )
     return weight_map
 
 
-def _leaves_folder(name: str) -> bool:
-    parts = PurePosixPath(name), PureWindowsPath(name)
-    return any(part.is_absolute() or part.drive or ".." in part.parts for part in parts) or "\0" in name
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of a sharded checkpoint, all of whose shards are there."""
+    weight_map = read_weight_map(path)
+    missing = [file for file in sorted(set(weight_map.values())) if not (path.parent / file).is_file()]
+    if missing:
+        raise CheckpointError([f"{path}: shard {file} is missing from the folder; {_AGAIN}" for file in missing])
+    return weight_map
 
 
 def read_entries(source: Path) -> dict[str, TensorEntry]:

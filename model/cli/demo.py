@@ -19,9 +19,8 @@ def demo() -> None:
     _run("generate", PROMPT, "--temperature", "0.7", "--top-p", "0.9", "--seed", "7", "--max-new-tokens", "80")
 
     print("Three inputs that are refused, each with one line:\n")
+    _run("generate", PROMPT, "--model", "tiny-gpt3", "--local-files-only")
     with tempfile.TemporaryDirectory() as folder:
-        _run("generate", PROMPT, "--model", str(Path(folder) / "no-such-model"))
-
         corrupt = _copy(Path(folder) / "corrupt")
         weights = corrupt / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1_000_000])
