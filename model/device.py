@@ -47,6 +47,9 @@ class Device(Protocol):
     def to_host(self, array: Any) -> np.ndarray:
         """The values as a float32 array on the host."""
 
+    def to_bytes(self, array: Any) -> memoryview:
+        """The values' own bytes, in row-major order."""
+
 
 class NumpyDevice:
     """NumPy arrays. float16 is a format for storage here: what is computed is float32."""
@@ -73,6 +76,9 @@ class NumpyDevice:
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, copy=False)
+
+    def to_bytes(self, array: np.ndarray) -> memoryview:
+        return memoryview(np.ascontiguousarray(array)).cast("B")
 
 
 class TorchDevice:
@@ -116,6 +122,9 @@ class TorchDevice:
 
     def to_host(self, array: Any) -> np.ndarray:
         return array.detach().float().cpu().numpy()
+
+    def to_bytes(self, array: Any) -> memoryview:
+        return memoryview(array.detach().contiguous().cpu().view(self._torch.uint8).numpy()).cast("B")
 
 
 def choose_device(device: Any) -> Device:

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import TensorSpec, serialize_file
+from safetensors import safe_open
 
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from model.config import GPT2Config, read_json
+from model.device import WIDTHS
 from model.errors import CheckpointError
 from model.parameters import Parameters
 from model.tokenizer import Tokenizer
+
+_FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+_CHUNK = 4 * 2**20  # bytes made ready at a time
 
 # Files beside the weights that a tokenizer or a generation may need, copied as they are.
 _BESIDE = (
@@ -88,26 +92,30 @@ def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, A
 
 
 def _write_weights(path: Path, parameters: Parameters) -> None:
-    """All tensors, in slot order, from the parameters' own memory where it is contiguous."""
-    specs, kept = {}, []
-    for name, slot in parameters.slots.items():
-        array = parameters[name].T if slot.transposed else parameters[name]
-        host, address = _host_bytes(array)
-        kept.append(host)
+    """The safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for slot in parameters.slots.values():
         source = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
-        specs[source] = TensorSpec(
-            dtype=parameters.dtype, shape=list(slot.stored_shape), data_ptr=address, data_len=host.nbytes
-        )
-    serialize_file(specs, str(path), metadata={"format": "pt"})
-
-
-def _host_bytes(array: Any) -> tuple[Any, int]:
-    """A contiguous host array or tensor of these values, and where its bytes are."""
-    if isinstance(array, np.ndarray):
-        array = np.ascontiguousarray(array)
-        return array, array.ctypes.data
-    array = array.detach().cpu().contiguous()
-    return array, array.data_ptr()
+        start, end = end, end + slot.size * WIDTHS[parameters.dtype]
+        header[source] = {
+            "dtype": _FORMATS[parameters.dtype],
+            "shape": list(slot.stored_shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, slot in parameters.slots.items():
+            array = parameters[name].T if slot.transposed else parameters[name]
+            rows = max(1, _CHUNK // max(1, array.nbytes // array.shape[0]))
+            for first in range(0, array.shape[0], rows):
+                file.write(parameters.device.to_bytes(array[first : first + rows]))
+    # The format's own library has the last word before the file takes its name.
+    with safe_open(str(path), "numpy") as written:
+        if set(written.keys()) != header.keys() - {"__metadata__"}:
+            raise OSError(0, "the file that was written cannot be read back", str(path))
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

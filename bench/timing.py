@@ -1,0 +1,38 @@
+"""Timing several ways of doing one thing so that the comparison holds on a noisy machine."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round, in order: round i of every provider ran side by side."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    def quantile(self, q: float) -> float:
+        return float(np.quantile(self.seconds, q))
+
+    def speedup(self, other: "Times") -> float:
+        """How many times faster than `other`: the median of the ratios round by round."""
+        return float(np.median(np.divide(other.seconds, self.seconds)))
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Times]:
+    """Times every run once a round, in turn, so that the machine's moods fall on all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warmup + rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if number >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
