@@ -29,7 +29,7 @@ class Generation:
         text: the new text, without special tokens, up to a stop string.
         tokens: the new ids, with the one that ended it (of an eos, or of a stop string's last part).
         finish_reason: "stop" (a stop string), "eos", "length" (max_new_tokens), or "context" (no
-            position left).
+            position left); None while a stream still runs.
         stop: the stop string that was met, if one was.
         prompt_tokens: how many ids the prompt had, after truncation.
         seed, stream: what the draws came from; the same seed and row give the same tokens.
@@ -38,7 +38,7 @@ class Generation:
 
     text: str
     tokens: list[int]
-    finish_reason: str
+    finish_reason: str | None
     stop: str | None
     prompt_tokens: int
     seed: int
@@ -151,7 +151,7 @@ class Row:
         return Generation(
             text="".join(self._pieces),
             tokens=self.tokens,
-            finish_reason=self.finish_reason or "length",
+            finish_reason=self.finish_reason,
             stop=self._matcher.hit,
             prompt_tokens=len(self.prompt),
             seed=self._seed,

@@ -330,7 +330,9 @@ class LanguageModel:
             return [self._encode(prompt)], True
         if isinstance(prompt, Sequence) and all(isinstance(each, str) for each in prompt):
             return [self._encode(each) for each in prompt], False
-        if isinstance(prompt, Sequence) and prompt and all(isinstance(each, Sequence) for each in prompt):
+        if isinstance(prompt, Sequence) and all(
+            hasattr(each, "__len__") and not isinstance(each, str) for each in prompt
+        ):
             return [self._ids(each) for each in prompt], False
         ids = self._check_ids(prompt)
         if ids.ndim == 2:
@@ -352,7 +354,10 @@ class LanguageModel:
         return [self.config.bos_token_id]
 
     def _check_ids(self, ids: Any) -> np.ndarray:
-        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+        try:
+            ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+        except ValueError:
+            raise ModelError("token ids must be one row of integers, or rows of one length") from None
         if ids.size and not np.issubdtype(ids.dtype, np.integer):
             raise ModelError(f"token ids must be integers, got {ids.dtype}")
         size = self.config.vocab_size

@@ -185,14 +185,15 @@ def fill(
     )
     total, done, notices = sum(entry.nbytes for entry, _ in pairs), 0, []
     file: BinaryIO | None = None
+    opened: Path | None = None
     scratch = memoryview(bytearray(_CHUNK))
     try:
         for entry, slot in pairs:
-            if file is None or file.name != str(entry.path):
+            if entry.path != opened:
                 if file is not None:
                     file.close()
                 # Unbuffered: a read goes straight into the memory it is given.
-                file = open(entry.path, "rb", buffering=0)  # noqa: SIM115
+                file, opened = open(entry.path, "rb", buffering=0), entry.path  # noqa: SIM115
             array = parameters[slot.name]
             overflowed = _read(file, entry, array.T if slot.transposed else array, device, scratch)
             if overflowed:

@@ -64,7 +64,7 @@ def choose(logits: np.ndarray, sampling: Sampling, uniform: float, seen: Collect
     """
     if sampling.repetition_penalty != 1.0 and len(seen):
         logits = logits.copy()
-        ids = np.fromiter(seen, np.int64)
+        ids = np.fromiter((token for token in seen if token < logits.size), np.int64)
         values = logits[ids]
         penalty = np.float32(sampling.repetition_penalty)
         logits[ids] = np.where(values < 0, values * penalty, values / penalty)

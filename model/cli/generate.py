@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -63,17 +64,16 @@ def generate(
     """Continue PROMPT, streaming the new text to standard output."""
     text = _prompt(prompt)
     console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
-    with _bar(console) as bar:
-        lm = load(
-            model,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            refresh=refresh,
-            progress=_reporter(bar),
-        )
+    lm = load(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        refresh=refresh,
+        progress=_bar(console),
+    )
     for notice in lm.notices:
         console.print(f"note: {notice}", soft_wrap=True)
 
@@ -138,21 +138,19 @@ def _speed(console: Console, result: Generation) -> None:
     console.print(f"[{len(result.tokens)} tokens, {result.finish_reason}; {speed}; {prompt}]", style="dim")
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console, transient=True
-    )
-
-
-def _reporter(bar: Progress):
-    task = None
+def _bar(console: Console) -> Callable[[int, int], None]:
+    """A progress bar for `load`, which shows itself only where there is something to wait for."""
+    columns = TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    bar = Progress(*columns, console=console, transient=True)
 
     def report(done: int, total: int) -> None:
-        nonlocal task
         if total < _WORTH_A_BAR:
             return
-        if task is None:
-            task = bar.add_task("loading", total=total)
-        bar.update(task, completed=done)
+        if not bar.task_ids:
+            bar.start()
+            bar.add_task("loading", total=total)
+        bar.update(bar.task_ids[0], completed=done)
+        if done == total:
+            bar.stop()
 
     return report

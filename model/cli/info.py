@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -24,7 +25,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show config, parameters, and memory of MODEL; a preset (gpt2, gpt2-medium, ...) needs no files."""
-    if model in PRESETS:
+    if model in PRESETS and not Path(model).exists():
         config, source, stored, notices = PRESETS[model], "preset", None, []
         slots = list(gpt2.slots(config))
     else:
