@@ -68,7 +68,8 @@ def _normalize_row(row, weight, bias, eps, out):
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
     compute = _compute_dtype(x)
-    y = _product(x.reshape(-1, x.shape[-1]).astype(compute, copy=False), weight)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _product(rows.astype(compute, copy=False), weight)
     shape = (*x.shape[:-1], weight.shape[0])
     bias = None if bias is None else bias.astype(compute, copy=False)
     residual = None if residual is None else residual.reshape(y.shape)
@@ -149,17 +150,19 @@ def _hidden(position: int, queries: int, first: int, last: int, causal: bool, wi
 
 def embedding(ids, weight, *, positions=None, position_weight=None, dtype=None):
     dtype = weight.dtype if dtype is None else np.dtype(dtype)
-    y = _rows_of(weight, ids, "ids").astype(dtype, copy=False)
-    if positions is not None:
-        y += _rows_of(position_weight, positions, "positions")
+    _check_index("ids", ids, weight)
+    if positions is None:
+        return weight[ids].astype(dtype, copy=False)
+    _check_index("positions", positions, position_weight)
+    y = weight[ids].astype(dtype, copy=False)
+    y += position_weight[positions]
     return y
 
 
-def _rows_of(table: np.ndarray, index: np.ndarray, name: str) -> np.ndarray:
+def _check_index(name: str, index: np.ndarray, table: np.ndarray) -> None:
     # A negative index would quietly count from the end.
     if index.size and not 0 <= index.min() <= index.max() < len(table):
         raise IndexError(f"embedding: {name} must be 0 to {len(table) - 1}, got {index.min()} to {index.max()}")
-    return table[index]
 
 
 def _compute_dtype(x: np.ndarray) -> np.dtype:

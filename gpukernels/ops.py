@@ -54,7 +54,7 @@ def layer_norm(
 
     Cost: one read of each input and one write of each output. Source: Ba et al., arXiv 1607.06450.
     """
-    run = _implementation("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
+    run = _implementation("layer_norm", {"x": x, "weight": weight}, bias=bias, residual=residual)
     _check_floats("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
     _check_norm("layer_norm", x, weight, bias, eps, "weight", "bias")
     if residual is not None:
@@ -88,7 +88,7 @@ def linear(
 
     Cost: 2 M N K flops for M rows; with few rows, one read of the weight.
     """
-    run = _implementation("linear", x=x, weight=weight, bias=bias, residual=residual)
+    run = _implementation("linear", {"x": x, "weight": weight}, bias=bias, residual=residual)
     _check_floats("linear", x=x, weight=weight, bias=bias, residual=residual)
     _check_product("linear", x, weight, bias, activation)
     if residual is not None:
@@ -119,9 +119,9 @@ def norm_linear(
     Returns:
         (..., N), of x's dtype. Raises as `layer_norm` and `linear` do.
     """
-    arrays = {"x": x, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
-    run = _implementation("norm_linear", **arrays)
-    _check_floats("norm_linear", **arrays)
+    arrays = {"x": x, "norm_weight": norm_weight, "weight": weight}
+    run = _implementation("norm_linear", arrays, norm_bias=norm_bias, bias=bias)
+    _check_floats("norm_linear", **arrays, norm_bias=norm_bias, bias=bias)
     _check_norm("norm_linear", x, norm_weight, norm_bias, eps, "norm_weight", "norm_bias")
     _check_product("norm_linear", x, weight, bias, activation)
     return run.norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, activation=activation)
@@ -141,10 +141,10 @@ def matmul(a: Array, b: Array) -> Array:
         TypeError: arrays of different kinds or dtypes, or not floating point.
         ValueError: shapes that do not multiply.
     """
-    run = _implementation("matmul", a=a, b=b)
+    run = _implementation("matmul", {"a": a, "b": b})
     _check_floats("matmul", a=a, b=b)
     if a.dtype != b.dtype:
-        raise TypeError(f"matmul: b must have a's dtype {a.dtype}, got {b.dtype}")
+        raise TypeError(f"matmul: b must have a's dtype {_dtype_name(a.dtype)}, got {_dtype_name(b.dtype)}")
     if a.ndim < 2 or b.ndim < 2:
         raise ValueError(f"matmul: a and b must have 2 dimensions or more, got {_shape(a)} and {_shape(b)}")
     if b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
@@ -190,11 +190,13 @@ def attention(
     Numerics: scores and softmax in float32 (float64 for float64 inputs), masked before the maximum is
     taken. Source: Vaswani et al., arXiv 1706.03762; grouped heads: Ainslie et al., arXiv 2305.13245.
     """
-    run = _implementation("attention", q=q, k=k, v=v, lengths=lengths)
+    run = _implementation("attention", {"q": q, "k": k, "v": v}, lengths=lengths)
     _check_floats("attention", q=q, k=k, v=v)
     if q.ndim != 4:
         raise ValueError(f"attention: q must be (B, T, H, D), got {_shape(q)}")
     batch, new, heads, width = q.shape
+    if heads == 0 or width == 0:
+        raise ValueError(f"attention: q must be (B, T, H, D) with H and D of 1 or more, got {_shape(q)}")
     if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != width:
         raise ValueError(f"attention: k must be ({batch}, S, Hkv, {width}) to match q, got {_shape(k)}")
     if k.shape[2] == 0 or heads % k.shape[2]:
@@ -202,9 +204,11 @@ def attention(
     _check_shape("attention", "v", v, tuple(k.shape), "to match k")
     for name, array in (("k", k), ("v", v)):
         if array.dtype != q.dtype:
-            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {array.dtype}")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window must be 1 or more, got {window}")
+            raise TypeError(
+                f"attention: {name} must have q's dtype {_dtype_name(q.dtype)}, got {_dtype_name(array.dtype)}"
+            )
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise ValueError(f"attention: window must be a whole number, 1 or more, got {window!r}")
     if window is not None and not causal:
         raise ValueError("attention: window needs causal=True")
     if lengths is None:
@@ -244,10 +248,12 @@ def embedding(
         ValueError: shapes that do not match, one of positions and position_weight alone.
         IndexError: an id or position outside its table (NumPy, and torch on the CPU).
     """
-    arrays = {"ids": ids, "weight": weight, "positions": positions, "position_weight": position_weight}
-    run = _implementation("embedding", **arrays)
+    arrays = {"ids": ids, "weight": weight}
+    run = _implementation("embedding", arrays, positions=positions, position_weight=position_weight)
     _check_floats("embedding", weight=weight, position_weight=position_weight)
     _check_integers("embedding", "ids", ids)
+    if dtype is not None and getattr(dtype, "__name__", str(dtype)).removeprefix("torch.") not in _FLOATS:
+        raise TypeError(f"embedding: dtype must be a floating-point dtype, got {dtype!r}")
     if weight.ndim != 2:
         raise ValueError(f"embedding: weight must be (V, C), got {_shape(weight)}")
     if (positions is None) != (position_weight is None):
@@ -264,20 +270,20 @@ def embedding(
     return run.embedding(ids, weight, positions=positions, position_weight=position_weight, dtype=dtype)
 
 
-def _implementation(op: str, **arrays) -> ModuleType:
-    """The module that runs `op` for these arrays; None stands for an absent option."""
-    for array in arrays.values():
-        if array is not None and not isinstance(array, np.ndarray):
-            break
-    else:
+def _implementation(op: str, required: dict, **optional) -> ModuleType:
+    """The module that runs `op` for these arrays; an optional one may be None."""
+    for name, array in required.items():
+        if array is None:
+            raise TypeError(f"{op}: {name} must be an array, got None")
+    given = required | {name: array for name, array in optional.items() if array is not None}
+    if all(isinstance(array, np.ndarray) for array in given.values()):
         return numpy_ops
-    given = {name: array for name, array in arrays.items() if array is not None}
     # A torch tensor can only be here if its owner has imported torch.
     torch = sys.modules.get("torch")
     if torch is not None and all(isinstance(array, torch.Tensor) for array in given.values()):
         from gpukernels import torch_ops
 
-        devices = {str(array.device) for array in given.values()}
+        devices = {array.device for array in given.values()}
         if len(devices) > 1:
             where = ", ".join(f"{name} on {array.device}" for name, array in given.items())
             raise ValueError(f"{op}: the arrays must be on one device, got {where}")

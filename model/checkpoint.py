@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import read_json
 from model.errors import CheckpointError
+from model.files import AGAIN, CONVERT, disguise, json_fault, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -32,16 +32,9 @@ _BITS = {
 
 _MAX_HEADER = 100_000_000  # the format's own bound
 
-_AGAIN = "fetch the file again"
 
 # A shard's name in an index: no absolute path, no drive, no way up.
 _SHARD = re.compile(r"(?!/|.*\.\.)[\w./-]+\.safetensors")
-
-#: How to turn a pickle into something that can be read without running it.
-CONVERT = (
-    "convert it where you trust it: transformers.AutoModelForCausalLM.from_pretrained(NAME)"
-    ".save_pretrained(FOLDER) writes safetensors"
-)
 
 
 @dataclass(frozen=True)
@@ -69,12 +62,12 @@ def weight_files(source: Path) -> tuple[list[Path], dict[str, str] | None]:
     Raises:
         CheckpointError: no such files, only pickles, or an index that names what is not there.
     """
-    if source.is_file():
+    if os.path.isfile(source):
         return [source], None
     single, index = source / WEIGHTS_NAME, source / INDEX_NAME
-    if single.is_file():
+    if os.path.isfile(single):
         return [single], None
-    if index.is_file():
+    if os.path.isfile(index):
         weight_map = read_index(index)
         return [source / name for name in sorted(set(weight_map.values()))], weight_map
     others = sorted(source.glob("*.safetensors"))
@@ -97,7 +90,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     weight_map = read_json(path, CheckpointError, limit=_MAX_HEADER).get("weight_map")
     named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
     if not named or not weight_map:
-        raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names; {_AGAIN}")
+        raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names; {AGAIN}")
     refused = [file for file in sorted(set(weight_map.values())) if not _SHARD.fullmatch(file)]
     if refused:
         raise CheckpointError(
@@ -109,9 +102,9 @@ def read_weight_map(path: Path) -> dict[str, str]:
 def read_index(path: Path) -> dict[str, str]:
     """The weight map of a sharded checkpoint, all of whose shards are there."""
     weight_map = read_weight_map(path)
-    missing = [file for file in sorted(set(weight_map.values())) if not (path.parent / file).is_file()]
+    missing = [file for file in sorted(set(weight_map.values())) if not os.path.isfile(path.parent / file)]
     if missing:
-        raise CheckpointError([f"{path}: shard {file} is missing from the folder; {_AGAIN}" for file in missing])
+        raise CheckpointError([f"{path}: shard {file} is missing from the folder; {AGAIN}" for file in missing])
     return weight_map
 
 
@@ -130,10 +123,11 @@ def read_entries(source: Path) -> dict[str, TensorEntry]:
         except CheckpointError as fault:
             problems += fault.problems
             continue
-        for entry in header:
-            if entry.name in entries:
-                problems.append(f"{path}: tensor {entry.name} is in {entries[entry.name].path.name} too")
-            entries[entry.name] = entry
+        twice = [entry.name for entry in header if entry.name in entries]
+        if twice:
+            other = entries[twice[0]].path.name
+            problems.append(f"{path}: {len(twice)} tensors are in other files too: {twice[0]} in {other}")
+        entries |= {entry.name: entry for entry in header}
     if weight_map is not None and not problems:
         index = source / INDEX_NAME
         for name, file in weight_map.items():
@@ -152,7 +146,7 @@ def read_header(path: Path) -> list[TensorEntry]:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if len(start) < 8:
-                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; {_AGAIN}")
+                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; {AGAIN}")
             length = int.from_bytes(start, "little")
             if length > _MAX_HEADER or 8 + length > size:
                 start += file.read(192)
@@ -168,24 +162,16 @@ def read_header(path: Path) -> list[TensorEntry]:
     except (ValueError, RecursionError) as fault:
         if isinstance(fault, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: the header is damaged: {fault}; {_AGAIN}") from None
+        raise CheckpointError(f"{path}: the header is damaged: {json_fault(fault)}; {AGAIN}") from None
 
 
 def _what_it_is(start: bytes, length: int, size: int) -> str:
     """Why a file does not begin as a safetensors file does, and what to do."""
-    text = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return (
-            "this is a Git LFS pointer of a few lines, not the weights; "
-            "run 'git lfs pull' in its repository, or download the file itself"
-        )
-    if text.startswith((b"<!doctype", b"<html")):
-        return f"this is a web page, not the weights: the download failed; {_AGAIN}"
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return f"this is a pickle with a safetensors name, which can run code; {CONVERT}"
+    if impostor := disguise(start):
+        return impostor
     if length > _MAX_HEADER:
-        return f"not a safetensors file: the header would have {length} bytes, {_MAX_HEADER} is the most; {_AGAIN}"
-    return f"truncated: the header has {length} bytes but the file only {size}; {_AGAIN}"
+        return f"not a safetensors file: the header would have {length} bytes, {_MAX_HEADER} is the most; {AGAIN}"
+    return f"truncated: the header has {length} bytes but the file only {size}; {AGAIN}"
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -206,15 +192,15 @@ def _entries(path: Path, header: dict, data: int, size: int) -> Iterator[TensorE
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != end:
             fault = "overlaps the tensor before it" if entry.offset < end else "leaves a hole before it"
-            raise CheckpointError(f"{path}: tensor {entry.name} {fault}; {_AGAIN}")
+            raise CheckpointError(f"{path}: tensor {entry.name} {fault}; {AGAIN}")
         end += entry.nbytes
         if end > size:
             raise CheckpointError(
-                f"{path}: truncated: tensor {entry.name} ends at byte {end}, the file at {size}; {_AGAIN}"
+                f"{path}: truncated: tensor {entry.name} ends at byte {end}, the file at {size}; {AGAIN}"
             )
         yield entry
     if end != size:
-        raise CheckpointError(f"{path}: {size - end} bytes follow the last tensor; {_AGAIN}")
+        raise CheckpointError(f"{path}: {size - end} bytes follow the last tensor; {AGAIN}")
 
 
 def _entry(path: Path, name: str, info: object, data: int) -> TensorEntry:
@@ -227,6 +213,8 @@ def _entry(path: Path, name: str, info: object, data: int) -> TensorEntry:
         whole = isinstance(numbers, list) and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         if not whole:
             raise ValueError(f"tensor {name} has the {what} {numbers!r}")
+    if len(shape) > 16:
+        raise ValueError(f"tensor {name} has {len(shape)} dimensions")
     if len(offsets) != 2 or offsets[1] < offsets[0]:
         raise ValueError(f"tensor {name} has the data_offsets {offsets}")
     bits, nbytes = math.prod(shape) * _BITS[dtype], offsets[1] - offsets[0]

@@ -8,11 +8,13 @@ Keys, defaults and aliases are those of transformers' `GPT2Config`.
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import ConfigError
+from model.errors import ConfigError, printable
+from model.files import read_json
 
 #: transformers' names of activations -> those of `gpukernels.linear`.
 ACTIVATIONS = {
@@ -131,39 +133,17 @@ PRESETS = {
 }
 
 
-def read_json(path: Path, error: type[Exception] = ConfigError, limit: int = 16 * 2**20) -> dict[str, Any]:
-    """The JSON object in a small file; `error` with one sentence for anything else."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise error(f"{path}: {size} bytes, more than the {limit} such a file may have")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path}: there is no such file") from None
-    except OSError as fault:
-        raise error(f"{path}: cannot be read: {fault.strerror}") from None
-    except (ValueError, RecursionError) as fault:
-        if isinstance(fault, error):
-            raise
-        if path.stat().st_size == 0:
-            raise error(f"{path}: the file is empty") from None
-        raise error(f"{path}: not valid JSON: {str(fault) or type(fault).__name__}") from None
-    if not isinstance(value, dict):
-        raise error(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
 def generation_eos(folder: Path) -> tuple[int, ...] | None:
     """The eos ids of `generation_config.json`, which come before config.json's; None if it has none."""
     path = folder / "generation_config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     ids = read_json(path).get("eos_token_id")
     if ids is None:
         return None
     fault = _fault("eos_token_id", ids)
     if fault:
-        raise ConfigError(f"{path}: eos_token_id must be {fault}, got {ids!r}")
+        raise ConfigError(f"{path}: eos_token_id must be {fault}, got {_json(ids)}")
     return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
@@ -174,27 +154,29 @@ def read_config(values: dict[str, Any], name: str = "config.json") -> tuple[GPT2
     """
     model_type = values.get("model_type")
     if model_type != "gpt2":
-        got = "it is missing" if model_type is None else f"got {model_type!r}"
+        got = "it is missing" if "model_type" not in values else f"got {_json(model_type)}"
         raise ConfigError(f'{name}: model_type must be "gpt2", the architecture computed here; {got}')
 
     problems: list[str] = []
     for key, why in _REFUSED.items():
         if values.get(key):
-            problems.append(f"{name}: {key}={values[key]!r} is refused: {why}")
+            problems.append(f"{name}: {key}={_json(values[key])} is refused: {why}")
 
-    given = dict(values)
+    given, called = dict(values), {}
     for alias, key in ALIASES.items():
         if alias in given:
             value = given.pop(alias)
+            if key not in given:
+                called[key] = alias
             if given.setdefault(key, value) != value:
-                problems.append(f"{name}: {alias}={value!r} contradicts {key}={given[key]!r}")
+                problems.append(f"{name}: {alias}={_json(value)} contradicts {key}={_json(given[key])}")
 
     fields: dict[str, Any] = {}
     for key, default in asdict(GPT2Config()).items():
         value = given.get(key, default)
         fault = _fault(key, value)
         if fault:
-            problems.append(f"{name}: {key} must be {fault}, got {value!r}")
+            problems.append(f"{name}: {called.get(key, key)} must be {fault}, got {_json(value)}")
         fields[key] = tuple(value) if isinstance(value, list) else value
     if not problems and fields["n_embd"] % fields["n_head"]:
         problems.append(f"{name}: n_head={fields['n_head']} must divide n_embd={fields['n_embd']}")
@@ -204,7 +186,7 @@ def read_config(values: dict[str, Any], name: str = "config.json") -> tuple[GPT2
     fields["layer_norm_epsilon"] = float(fields["layer_norm_epsilon"])
     known = fields.keys() | _INERT | _REFUSED.keys() | {"model_type"}
     unknown = sorted(given.keys() - known)
-    notices = [f"{name}: unknown keys are not used: {', '.join(unknown)}"] if unknown else []
+    notices = [printable(f"{name}: unknown keys are not used: {', '.join(unknown)}")] if unknown else []
     return GPT2Config(**fields), notices
 
 
@@ -235,3 +217,8 @@ def _fault(key: str, value: Any) -> str | None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _json(value: Any) -> str:
+    """The value as the file has it."""
+    return json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ class ModelError(ValueError):
     """Something the user gave cannot be used; `problems` has one sentence for each fault found."""
 
     def __init__(self, problems: str | Sequence[str]):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [printable(each) for each in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
 
@@ -37,3 +37,10 @@ class ContextError(ModelError):
 
 class LoadNotice(UserWarning):
     """Something about a checkpoint that loads, which its user should know."""
+
+
+def printable(text: str) -> str:
+    """`text` in one line of bounded length: a file's names may hold line ends, or a terminal's commands."""
+    if len(text) > 900:
+        text = f"{text[:500]} ... {text[-300:]}"
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

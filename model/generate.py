@@ -150,7 +150,7 @@ class Row:
         prefill, decode = self._prefilled - self._started, self._ended - self._prefilled
         return Generation(
             text="".join(self._pieces),
-            tokens=self.tokens,
+            tokens=list(self.tokens),
             finish_reason=self.finish_reason,
             stop=self._matcher.hit,
             prompt_tokens=len(self.prompt),

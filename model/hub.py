@@ -14,8 +14,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from model.checkpoint import CONVERT, INDEX_NAME, WEIGHTS_NAME, read_weight_map
+from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_weight_map
 from model.errors import CheckpointError, HubError
+from model.files import CONVERT
 
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer.json", ("vocab.json", "merges.txt")
 _OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

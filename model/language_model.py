@@ -1,6 +1,5 @@
 """`LanguageModel`: a loaded model and everything that can be asked of it."""
 
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
 from model.decoder import EagerDecoder
 from model.device import choose_device, choose_dtype
-from model.errors import ConfigError, ContextError, LoadNotice, ModelError, TokenizerError
-from model.generate import OVERFLOWS, Generation, Limits, Row, run
+from model.errors import ConfigError, ContextError, LoadNotice, ModelError
+from model.generate import Generation, Row, run
 from model.load import fill, fill_random, locate, plan
 from model.parameters import Parameters
+from model.request import Request, check_ids, read_request, require_count, require_tokenizer
 from model.sampling import Sampling
 from model.save import save
 from model.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ class LanguageModel:
             ModelError: ids of another shape or outside the vocabulary.
             ContextError: more tokens than positions.
         """
-        ids = self._check_ids(ids)
+        ids = check_ids(ids, self.config.vocab_size)
         if ids.ndim == 1:
             ids = ids[None]
         if ids.ndim != 2:
@@ -201,21 +201,20 @@ class LanguageModel:
             ModelError: an argument that cannot be, a prompt without a tokenizer.
             ContextError: a prompt that does not fit.
         """
-        rows, limits, single = self._rows(
+        request = self._request(
             prompt,
+            Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
             stop=stop,
             seed=seed,
             n=n,
             overflow=overflow,
         )
-        if not (isinstance(batch_size, int) and batch_size >= 1):
-            raise ModelError(f"batch_size must be 1 or more, got {batch_size!r}")
-        for _ in self._run(rows, limits, batch_size):
+        require_count("batch_size", batch_size)
+        for _ in self._run(request, batch_size):
             pass
-        results = [row.result() for row in rows]
-        return results[0] if single else results
+        results = [row.result() for row in request.rows]
+        return results[0] if request.single else results
 
     def stream(
         self,
@@ -236,19 +235,19 @@ class LanguageModel:
         The arguments are those of `generate`, and are checked before the first piece is asked for.
         After the last piece `result` holds the `Generation`.
         """
-        rows, limits, single = self._rows(
+        request = self._request(
             prompt,
+            Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
             max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
             stop=stop,
             seed=seed,
             n=1,
             overflow=overflow,
         )
-        if not single:
+        if not request.single:
             raise ModelError("stream takes one prompt; use generate for several")
-        self._require_tokenizer("text")
-        return Stream(rows[0], self._run(rows, limits, 1))
+        require_tokenizer(self.tokenizer, "text")
+        return Stream(request.rows[0], self._run(request, 1))
 
     def save(self, target: str | Path) -> None:
         """Writes the model in Hugging Face layout, for transformers, vLLM, or `model.load`.
@@ -267,7 +266,8 @@ class LanguageModel:
             folder=self._folder,
         )
 
-    def _run(self, rows: list[Row], limits: Limits, batch_size: int) -> Iterator[tuple[Row, str]]:
+    def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
+        rows, limits = request.rows, request.limits
         slots = min(batch_size, len(rows))
         if slots == 0:
             return
@@ -281,93 +281,8 @@ class LanguageModel:
             decoder, rows, slots=slots, limits=limits, to_host=lambda logits: device.to_host(logits)[:, :known]
         )
 
-    def _rows(self, prompt, *, max_new_tokens, sampling, stop, seed, n, overflow) -> tuple[list[Row], Limits, bool]:
-        """The rows of a call, and whether it asks for a single result; every argument checked."""
-        for name, value, optional in (("max_new_tokens", max_new_tokens, True), ("n", n, False)):
-            if not (optional and value is None) and not (_whole(value) and value >= 1):
-                raise ModelError(f"{name} must be 1 or more{', or None' * optional}, got {value!r}")
-        if overflow not in OVERFLOWS:
-            raise ModelError(f"overflow must be one of {', '.join(OVERFLOWS)}, got {overflow!r}")
-        if overflow == "slide" and max_new_tokens is None:
-            raise ModelError('overflow="slide" never ends by itself: give max_new_tokens')
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        if not all(isinstance(each, str) and each for each in stops):
-            raise ModelError(f"stop must be a string or several, none of them empty, got {stop!r}")
-        if stops:
-            self._require_tokenizer("stop strings")
-
-        prompts, single = self._prompts(prompt)
-        count = len(prompts) * n
-        if seed is None:
-            seed = secrets.randbits(63)
-        if _whole(seed):
-            streams = [(int(seed), row) for row in range(count)]
-        else:
-            if not isinstance(seed, Sequence) or isinstance(seed, str) or len(seed) != count:
-                raise ModelError(f"seed must be a whole number, or a list of {count} (one a row), got {seed!r}")
-            streams = [(each, 0) for each in seed]
-        if not all(_whole(each) and 0 <= each < 2**64 for each, _ in streams):
-            raise ModelError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
-
-        limits = Limits(self.config.n_positions, frozenset(self.eos_token_ids), overflow, max_new_tokens)
-        rows = [
-            Row(
-                prompts[row // n],
-                limits=limits,
-                sampling=sampling,
-                seed=each,
-                stream=stream,
-                stops=stops,
-                tokenizer=self.tokenizer,
-            )
-            for row, (each, stream) in enumerate(streams)
-        ]
-        return rows, limits, single and n == 1
-
-    def _prompts(self, prompt) -> tuple[list[list[int]], bool]:
-        """Token ids of every prompt, and whether there was just one."""
-        if isinstance(prompt, str):
-            return [self._encode(prompt)], True
-        if isinstance(prompt, Sequence) and all(isinstance(each, str) for each in prompt):
-            return [self._encode(each) for each in prompt], False
-        if isinstance(prompt, Sequence) and all(
-            hasattr(each, "__len__") and not isinstance(each, str) for each in prompt
-        ):
-            return [self._ids(each) for each in prompt], False
-        ids = self._check_ids(prompt)
-        if ids.ndim == 2:
-            return [self._ids(row) for row in ids], False
-        return [self._ids(ids)], True
-
-    def _ids(self, ids) -> list[int]:
-        ids = self._check_ids(ids)
-        if ids.ndim != 1 or not ids.size:
-            raise ModelError(f"a prompt must have one token id or more in one row, got the shape {ids.shape}")
-        return ids.tolist()
-
-    def _encode(self, text: str) -> list[int]:
-        self._require_tokenizer("text")
-        if text:
-            return self._check_ids(self.tokenizer.encode(text)).tolist()
-        if self.config.bos_token_id is None or self.config.bos_token_id >= self.config.vocab_size:
-            raise ModelError("the prompt is empty, and the model has no bos token to start from")
-        return [self.config.bos_token_id]
-
-    def _check_ids(self, ids: Any) -> np.ndarray:
-        try:
-            ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
-        except ValueError:
-            raise ModelError("token ids must be one row of integers, or rows of one length") from None
-        if ids.size and not np.issubdtype(ids.dtype, np.integer):
-            raise ModelError(f"token ids must be integers, got {ids.dtype}")
-        size = self.config.vocab_size
-        if ids.size and not 0 <= ids.min() <= ids.max() < size:
-            raise ModelError(f"token ids must be 0 to {size - 1}, got {ids.min()} to {ids.max()}")
-        return ids.astype(np.int64)
-
-    def _require_tokenizer(self, what: str) -> None:
-        if self.tokenizer is None:
-            raise TokenizerError(f"{what} needs a tokenizer, and this model has none: prompts can be token ids")
+    def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:
+        return read_request(prompt, self.config, self.tokenizer, eos=self.eos_token_ids, sampling=sampling, **options)
 
 
 class Stream:
@@ -389,7 +304,3 @@ class Stream:
     def result(self) -> Generation:
         """The whole; what there is so far, before the end."""
         return self._row.result()
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

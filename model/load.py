@@ -16,9 +16,10 @@ import numpy as np
 from gpukernels.cast import FORMATS
 from model import gpt2
 from model.checkpoint import TensorEntry, read_entries
-from model.config import GPT2Config, read_config, read_json
+from model.config import GPT2Config, read_config
 from model.device import Device
 from model.errors import CheckpointError, ModelError
+from model.files import read_json
 from model.parameters import Parameters, Slot
 
 #: The embedded model: 5.9 M parameters, trained on the King James Bible.
@@ -27,8 +28,6 @@ _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / BUNDLED
 
 # Bytes read at a time where they cannot go straight into the parameter.
 _CHUNK = 4 * 2**20
-
-_SHOWN = 20  # problems of one kind that an error lists
 
 
 @dataclass
@@ -57,8 +56,12 @@ def locate(source: str | Path, *, revision=None, cache_dir=None, local_files_onl
 
     What exists on disk comes first, then `tiny-gpt2`, then the Hub (its cache, then the network).
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    try:
+        path = Path(source).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as fault:
+        raise CheckpointError(f"{source}: cannot be a path: {getattr(fault, 'strerror', None) or fault}") from None
+    if there:
         if path.is_file() and path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: must be a folder or a .safetensors file")
         return path
@@ -110,9 +113,9 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
         else:
             del by_base["lm_head.weight"]
     slots = list(gpt2.slots(config, head=own_head))
-    problems = names.problems + _mismatches(slots, by_base)
+    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base)
     if problems:
-        raise CheckpointError([f"{source}: {problem}" for problem in problems])
+        raise CheckpointError(problems)
     return Plan(source, values, config, slots, {slot.name: by_base[slot.source] for slot in slots}, notices)
 
 
@@ -124,12 +127,16 @@ def _attempt(faults: list[ModelError], read: Callable, *arguments):
         faults.append(fault)
 
 
-def _mismatches(slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[str]:
+def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[str]:
     """What is missing, unexpected, or of the wrong shape or dtype, a sentence each."""
     wanted = {slot.source: slot for slot in slots}
-    missing = [f"tensor {name} {slot.stored_shape} is missing" for name, slot in wanted.items() if name not in tensors]
+    missing = [
+        f"{source}: tensor {name} {slot.stored_shape} is missing"
+        for name, slot in wanted.items()
+        if name not in tensors
+    ]
     unexpected = [
-        f"tensor {entry.name} {entry.shape} is unexpected: this GPT-2 has no such parameter"
+        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this GPT-2 has no such parameter"
         for name, entry in tensors.items()
         if name not in wanted
     ]
@@ -142,16 +149,13 @@ def _mismatches(slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[
             turned = " (it looks transposed: was it saved from torch.nn.Linear?)" * (
                 slot.transposed and entry.shape == slot.shape
             )
-            wrong.append(f"tensor {entry.name} is {entry.shape}, the config wants {slot.stored_shape}{turned}")
+            shapes = f"is {entry.shape}, the config wants {slot.stored_shape}{turned}"
+            wrong.append(f"{entry.path}: tensor {entry.name} {shapes}")
         elif entry.dtype not in FORMATS:
-            wrong.append(f"tensor {entry.name} has the dtype {entry.dtype}, read are {', '.join(FORMATS)}")
-    return [*_some(missing), *_some(unexpected), *_some(wrong)]
-
-
-def _some(problems: list[str]) -> list[str]:
-    if len(problems) <= _SHOWN:
-        return problems
-    return [*problems[:_SHOWN], f"and {len(problems) - _SHOWN} more like the last"]
+            wrong.append(
+                f"{entry.path}: tensor {entry.name} has the dtype {entry.dtype}; weights must be {', '.join(FORMATS)}"
+            )
+    return [*missing, *unexpected, *wrong]
 
 
 def _equal(a: TensorEntry, b: TensorEntry) -> bool:
@@ -219,7 +223,7 @@ def _read(file: BinaryIO, entry: TensorEntry, out, device: Device, scratch: memo
     overflowed = 0
     row = stored.itemsize * (entry.size // max(1, entry.shape[0]))
     rows = max(1, len(scratch) // max(1, row))
-    if row > len(scratch):
+    if row > len(scratch):  # an embedding wider than any GPT-2's
         scratch = memoryview(bytearray(row))
     for start in range(0, entry.shape[0], rows):
         part = out[start : start + rows]

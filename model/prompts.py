@@ -48,10 +48,19 @@ def few_shot(
     """
     if lm.tokenizer is None:
         raise ModelError("few_shot needs a tokenizer, and this model has none")
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise ModelError(f"max_new_tokens must be 1 or more, got {max_new_tokens!r}")
+    texts = {"instruction": instruction, "input_label": input_label, "output_label": output_label}
+    for name, value in (texts | {"separator": separator, "the question": query}).items():
+        if not isinstance(value, str):
+            raise ModelError(f"{name} must be text, got {value!r}")
+    if not isinstance(examples, list | tuple):
+        raise ModelError(f"examples must be a list of pairs, got {examples!r}")
     if not separator:
         raise ModelError("separator must not be empty: it is what ends an answer")
     for number, example in enumerate(examples):
-        if len(example) != 2 or not all(isinstance(part, str) for part in example):
+        pair = isinstance(example, list | tuple) and len(example) == 2
+        if not pair or not all(isinstance(part, str) for part in example):
             raise ModelError(f"examples[{number}] must be a pair of an input and an output, got {example!r}")
     shots = [f"{input_label} {given}\n{output_label} {answer}" for given, answer in examples]
     text = separator.join([*([instruction] if instruction else []), *shots, f"{input_label} {query}\n{output_label}"])

@@ -44,7 +44,7 @@ class Sampling:
                 raise ModelError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
         require("temperature", _number(self.temperature) and self.temperature >= 0, "a number, 0 or more")
-        require("top_k", self.top_k is None or (_whole(self.top_k) and self.top_k >= 0), "a whole number, or None")
+        require("top_k", self.top_k is None or (whole(self.top_k) and self.top_k >= 0), "a whole number, or None")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             require(name, value is None or (_number(value) and 0 <= value <= 1), "a number from 0 to 1, or None")
@@ -74,8 +74,7 @@ def choose(logits: np.ndarray, sampling: Sampling, uniform: float, seen: Collect
     if sampling.temperature == 0:
         return best
     kept = np.cumsum(probabilities(logits, sampling))
-    token = int(np.searchsorted(kept, uniform * kept[-1], side="right"))
-    return min(token, int(np.searchsorted(kept, kept[-1])))  # the product may have rounded up to the sum
+    return int(np.searchsorted(kept, uniform * kept[-1], side="right"))
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -113,8 +112,14 @@ def uniform(seed: int, stream: int, step: int) -> float:
 
 
 def _number(value) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
-def _whole(value) -> bool:
+def whole(value) -> bool:
+    """Whether `value` is an integer, of Python or NumPy; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -10,9 +10,10 @@ from typing import Any
 from safetensors import safe_open
 
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from model.config import GPT2Config, read_json
+from model.config import GPT2Config
 from model.device import WIDTHS
 from model.errors import CheckpointError
+from model.files import read_json
 from model.parameters import Parameters
 from model.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ _CHUNK = 4 * 2**20  # bytes made ready at a time
 
 # Files beside the weights that a tokenizer or a generation may need, copied as they are.
 _BESIDE = (
+    "tokenizer.json",
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -72,7 +74,7 @@ def save(
             source = folder / name if folder is not None else None
             if source is not None and source.is_file() and place.resolve() != folder.resolve():
                 _replace(place / name, lambda path, source=source: shutil.copyfile(source, path))
-        if tokenizer is not None:
+        if tokenizer is not None and not (place / "tokenizer.json").exists():
             _replace(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
         _replace(weights, lambda path: _write_weights(path, parameters))
         if not single:

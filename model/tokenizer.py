@@ -1,13 +1,15 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from model.config import read_json
 from model.errors import TokenizerError
+from model.files import AGAIN, disguise, read_json
 
 _END = "<|endoftext|>"
 
@@ -25,19 +27,24 @@ class Tokenizer:
         Raises TokenizerError for a damaged file.
         """
         whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-        path = whole if whole.is_file() else vocab
-        try:
-            if whole.is_file():
-                return cls(Backend.from_file(str(whole)))
-            if not (vocab.is_file() and merges.is_file()):
-                return None
-            return cls(_byte_level(vocab, merges))
-        except TokenizerError:
-            raise
-        except Exception as fault:  # the library raises bare Exception for whatever it cannot read
-            raise TokenizerError(f"{path}: not a tokenizer that can be read: {_first_line(fault)}") from None
+        # What has a name is meant to be there: a dead link is damage, not a model without tokenizer.
+        if os.path.lexists(whole):
+            backend = _parsed(whole, Backend.from_buffer)
+        elif os.path.lexists(vocab) or os.path.lexists(merges):
+            backend = _byte_level(vocab, merges)
+        else:
+            return None
+        # Both are for batches of training: a prompt is neither cut nor filled up.
+        backend.no_padding()
+        backend.no_truncation()
+        return cls(backend)
 
     def encode(self, text: str) -> list[int]:
+        """The ids of `text`; TokenizerError for half a character (a lone surrogate)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            raise TokenizerError(f"the text is not valid Unicode: {fault.reason}") from None
         return self.backend.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -79,25 +86,48 @@ class TextStream:
         return rest
 
 
+def _parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    """What `parse` makes of a file; TokenizerError, naming it, for whatever goes wrong."""
+    try:
+        raw = path.read_bytes()
+    except OSError as fault:
+        raise TokenizerError(f"{path}: cannot be read: {fault.strerror}") from None
+    try:
+        return parse(raw)
+    except (TokenizerError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as fault:  # the library raises bare Exception, and where it panics, less than that
+        first = (str(fault) or type(fault).__name__).splitlines()[0]
+        what = disguise(raw) or f"not a tokenizer that can be read: {first}; {AGAIN}"
+        raise TokenizerError(f"{path}: {what}") from None
+
+
 def _byte_level(vocab: Path, merges: Path) -> Backend:
     """GPT-2's own files: byte-level BPE as in Radford et al. (2019)."""
     ids = read_json(vocab, TokenizerError)
+    if not all(type(each) is int and each >= 0 for each in ids.values()):
+        raise TokenizerError(f"{vocab}: must map every token to its id")
     added = vocab.parent / "added_tokens.json"
-    extra = read_json(added, TokenizerError) if added.is_file() else {}
-    lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    backend = Backend(models.BPE(ids, pairs))
+    extra = read_json(added, TokenizerError) if os.path.lexists(added) else {}
+    backend = _parsed(merges, lambda raw: Backend(models.BPE(ids, _pairs(merges, raw))))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     if _END in ids:
         backend.add_special_tokens([AddedToken(_END, special=True, normalized=False)])
-    for token, wanted in sorted(extra.items(), key=lambda item: item[1]):
+    for token, wanted in sorted(extra.items(), key=lambda item: str(item[1]).zfill(9)):
         backend.add_tokens([AddedToken(token, normalized=False)])
         if backend.token_to_id(token) != wanted:
-            raise TokenizerError(f"{added}: gives {token!r} the id {wanted}, which does not follow the vocabulary")
+            raise TokenizerError(f"{added}: gives {token!r} the id {wanted!r}, which does not follow the vocabulary")
     return backend
 
 
-def _first_line(fault: Exception) -> str:
-    return (str(fault) or type(fault).__name__).splitlines()[0]
+def _pairs(path: Path, raw: bytes) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(raw.decode("utf-8").splitlines(), 1):
+        if line and not line.startswith("#version"):
+            pair = tuple(line.split(" "))
+            if len(pair) != 2:
+                raise TokenizerError(f"{path}: line {number} must be two symbols with a space between, got {line!r}")
+            pairs.append(pair)
+    return pairs

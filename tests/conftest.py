@@ -1,3 +1,10 @@
-"""Fixtures that several test files share."""
+"""One thread for every test process, and the fixtures that several files share."""
 
-from hub_model import hub, impatient  # noqa: F401
+import os
+
+# Before NumPy is imported. OpenBLAS's and OpenMP's threads wait for one another by spinning: beside any
+# other load a small product then takes a hundred times as long, and no test here is large.
+for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+from hub_model import hub, impatient  # noqa: E402, F401

@@ -1,5 +1,6 @@
 """What `model.hub.fetch` downloads, keeps and finds again: the real client against a Hub on this machine."""
 
+import os
 import threading
 from pathlib import Path
 

@@ -9,8 +9,9 @@ import pytest
 from fake_hub import LFS_POINTER, WEB_PAGE
 from hub_model import NAME, TOKEN, constants, files, refusal, tensors
 
-from model.checkpoint import CONVERT, INDEX_NAME, WEIGHTS_NAME, read_entries
+from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_entries
 from model.errors import CheckpointError
+from model.files import CONVERT
 from model.hub import fetch
 
 # What is refused, and how failures read
@@ -66,7 +67,7 @@ def test_a_shard_outside_the_folder_is_never_asked_for(hub, shard):
         (b'{"weight_map": {"wte.weight": "model-1.safetensors"}}', "names model-1.safetensors, which"),
         (b'{"weight_map": {"wte.weight": 1}}', "weight_map must be"),
         (b'{"weight_map": {}}', "weight_map must be"),
-        (LFS_POINTER, "not valid JSON"),
+        (LFS_POINTER, "Git LFS pointer"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_named(hub, index, words):

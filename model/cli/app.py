@@ -31,6 +31,9 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """Runs the command and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal has no character for is shown as its number; nothing is lost, nothing fails.
+        stream.reconfigure(errors="backslashreplace")
     # A load says these through the command's own lines.
     warnings.simplefilter("ignore", LoadNotice)
     try:
@@ -48,3 +51,6 @@ def main() -> None:
         # The reader has gone (`| head`); Python would complain again while it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as fault:
+        print(f"error: {fault.filename or 'output'}: {fault.strerror or fault}", file=sys.stderr)
+        sys.exit(2)

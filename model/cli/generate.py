@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from model.cli.options import CacheDir, Json, Local, ModelOption, Refresh, Revision
-from model.config import read_json
 from model.errors import ModelError
+from model.files import read_json
 from model.generate import Generation
 from model.language_model import LanguageModel, load
 from model.load import BUNDLED

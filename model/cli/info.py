@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from model import gpt2
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
@@ -62,7 +63,7 @@ def info(
         return
 
     console = Console(highlight=False)
-    table = Table(title=f"{model} ({source})", show_header=False, title_justify="left")
+    table = Table(title=Text(f"{model} ({source})"), show_header=False, title_justify="left")
     for key, value in asdict(config).items():
         if key == "n_inner" and value is None:
             value = f"{config.feed_forward_width} (4 x n_embd)"

@@ -1,0 +1,62 @@
+"""Small files of JSON, and what a file is that is not what its name says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.errors import ConfigError, ModelError
+
+#: What to do about a file that is not whole.
+AGAIN = "fetch the file again"
+
+#: How to turn a pickle into something that can be read without running it.
+CONVERT = (
+    "convert it where you trust it: transformers.AutoModelForCausalLM.from_pretrained(NAME)"
+    ".save_pretrained(FOLDER) writes safetensors"
+)
+
+
+def read_json(path: Path, error: type[ModelError] = ConfigError, limit: int = 16 * 2**20) -> dict[str, Any]:
+    """The JSON object in a small file; `error` with one sentence for anything else."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise error(f"{path}: {size} bytes, more than the {limit} such a file may have")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise error(f"{path}: there is no such file") from None
+    except OSError as fault:
+        raise error(f"{path}: cannot be read: {fault.strerror}") from None
+    if not raw:
+        raise error(f"{path}: the file is empty; {AGAIN}")
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{path}: {disguise(raw) or f'not valid JSON: {json_fault(fault)}; {AGAIN}'}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: must hold a JSON object, got {json.dumps(value, ensure_ascii=False)}")
+    return value
+
+
+def json_fault(fault: Exception) -> str:
+    """What Python's reader found, without its advice to change Python."""
+    if isinstance(fault, RecursionError):
+        return "nested too deep"
+    if "int_max_str_digits" in str(fault):
+        return "a number of more than 4300 digits"
+    return str(fault)
+
+
+def disguise(start: bytes) -> str | None:
+    """What a file is that begins like this, if it is a common impostor, and what to do."""
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return (
+            "this is a Git LFS pointer of a few lines, not the file itself; "
+            "run 'git lfs pull' in its repository, or download the file"
+        )
+    if text.startswith((b"<!doctype", b"<html")):
+        return f"this is a web page, not the file: the download failed; {AGAIN}"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return f"this is a pickle under another name, which can run code; {CONVERT}"
+    return None

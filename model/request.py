@@ -1,0 +1,141 @@
+"""What a call of `generate` asks for: every argument checked, prompts as ids, one row for each answer."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from model.config import GPT2Config
+from model.errors import ModelError, TokenizerError
+from model.generate import OVERFLOWS, Limits, Row
+from model.sampling import Sampling, whole
+from model.tokenizer import Tokenizer
+
+_MOST = 2**24  # rows of a call, and tokens of a row: more is a slip of the hand
+
+
+@dataclass(frozen=True)
+class Request:
+    """The rows of a call, and whether it asks for one result alone."""
+
+    rows: list[Row]
+    limits: Limits
+    single: bool
+
+
+def read_request(
+    prompt: Any,
+    config: GPT2Config,
+    tokenizer: Tokenizer | None,
+    *,
+    eos: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: Any,
+    stop: Any,
+    seed: Any,
+    n: Any,
+    overflow: Any,
+) -> Request:
+    """The request of `LanguageModel.generate`'s arguments; ModelError for one that cannot be."""
+    if max_new_tokens is not None:
+        require_count("max_new_tokens", max_new_tokens, "1 or more, or None")
+    require_count("n", n)
+    if overflow not in OVERFLOWS:
+        raise ModelError(f"overflow must be one of {', '.join(OVERFLOWS)}, got {overflow!r}")
+    if overflow == "slide" and max_new_tokens is None:
+        raise ModelError('overflow="slide" never ends by itself: give max_new_tokens')
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, list | tuple) or not all(isinstance(each, str) and each for each in stops):
+        raise ModelError(f"stop must be a string or several, none of them empty, got {stop!r}")
+    if stops:
+        require_tokenizer(tokenizer, "stop strings")
+
+    prompts, single = _prompts(prompt, config, tokenizer)
+    limits = Limits(config.n_positions, frozenset(eos), overflow, max_new_tokens)
+    rows = [
+        Row(
+            prompts[row // n],
+            limits=limits,
+            sampling=sampling,
+            seed=each,
+            stream=stream,
+            stops=stops,
+            tokenizer=tokenizer,
+        )
+        for row, (each, stream) in enumerate(_streams(seed, len(prompts) * n))
+    ]
+    return Request(rows, limits, single and n == 1)
+
+
+def check_ids(ids: Any, size: int) -> np.ndarray:
+    """Token ids as an int64 array of any shape; ModelError where they are not 0 to size - 1."""
+    try:
+        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+    except ValueError:
+        raise ModelError("token ids must be one row of integers, or rows of one length") from None
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise ModelError(f"token ids must be integers, got {ids.dtype}")
+    if ids.size and not 0 <= ids.min() <= ids.max() < size:
+        raise ModelError(f"token ids must be 0 to {size - 1}, got {ids.min()} to {ids.max()}")
+    return ids.astype(np.int64)
+
+
+def require_count(name: str, value: Any, want: str = "1 or more") -> None:
+    """ModelError where `value` is not a whole number from 1."""
+    if not (whole(value) and value >= 1):
+        raise ModelError(f"{name} must be {want}, got {value!r}")
+    if value > _MOST:
+        raise ModelError(f"{name} must be at most {_MOST}, got {value!r}")
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, what: str) -> None:
+    """TokenizerError where there is none."""
+    if tokenizer is None:
+        raise TokenizerError(f"{what} needs a tokenizer, and this model has none: prompts can be token ids")
+
+
+def _streams(seed: Any, count: int) -> list[tuple[int, int]]:
+    """The seed and the stream of each row."""
+    if seed is None:
+        seed = secrets.randbits(63)
+    if whole(seed):
+        streams = [(int(seed), row) for row in range(count)]
+    elif isinstance(seed, Sequence) and not isinstance(seed, str) and len(seed) == count:
+        streams = [(each, 0) for each in seed]
+    else:
+        raise ModelError(f"seed must be a whole number, or a list of {count} (one a row), got {seed!r}")
+    if not all(whole(each) and 0 <= each < 2**64 for each, _ in streams):
+        raise ModelError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+    return streams
+
+
+def _prompts(prompt: Any, config: GPT2Config, tokenizer: Tokenizer | None) -> tuple[list[list[int]], bool]:
+    """Token ids of every prompt, and whether there was just one."""
+
+    def encode(text: str) -> list[int]:
+        require_tokenizer(tokenizer, "text")
+        if text:
+            return check_ids(tokenizer.encode(text), config.vocab_size).tolist()
+        if config.bos_token_id is None or config.bos_token_id >= config.vocab_size:
+            raise ModelError("the prompt is empty, and the model has no bos token to start from")
+        return [config.bos_token_id]
+
+    def row(ids: Any) -> list[int]:
+        ids = check_ids(ids, config.vocab_size)
+        if ids.ndim != 1 or not ids.size:
+            raise ModelError(f"a prompt must have one token id or more in one row, got the shape {ids.shape}")
+        return ids.tolist()
+
+    if isinstance(prompt, str):
+        return [encode(prompt)], True
+    if isinstance(prompt, list | tuple):
+        if all(isinstance(each, str) for each in prompt):
+            return [encode(each) for each in prompt], False
+        if all(hasattr(each, "__len__") and not isinstance(each, str) for each in prompt):
+            return [row(each) for each in prompt], False
+    ids = check_ids(prompt, config.vocab_size)
+    if ids.ndim == 2:
+        return [row(each) for each in ids], False
+    return [row(ids)], True

@@ -1,0 +1,398 @@
+"""Every op in NumPy and in plain torch against a float64 truth that is written out here.
+
+Inputs are drawn in the tested dtype; the truth gets those rounded values, widened. It also gives the
+magnitude: what the result would come to if every term were counted with its absolute value. That and
+the length of the sums are all that `bound` needs.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpukernels
+from gpukernels import cast, numpy_ops
+
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+def bound(dtype: str, length: int, magnitude):
+    """How far from the truth a result may be.
+
+    With u the unit roundoff (half the distance from 1 to the next number), a value that is stored is off
+    by u of itself. A sum of n products is off by n u of the sum of their absolute values (Higham, Accuracy
+    and Stability, section 3.1), and by 7 sqrt(n) u except with a probability of 2 exp(-49 / 2), 5e-11
+    (Higham and Mary, 2019), which is less from n = 49 on. Sums are made in float32 at least. An op stores
+    at most four values in the dtype on the way to its result (the residual sum, the norm, the product,
+    the activation) and passes each through at most 16 operations on single elements (a rational erf has
+    14). float16's numbers below the normal ones are 2**-24 apart. Twice all that in float64, where the
+    truth errs as much.
+    """
+    store, add = UNIT[dtype], min(UNIT[dtype], UNIT["float32"])
+    tiny = 2.0**-24 if dtype == "float16" else 0.0
+    once = (4 * store + (min(length, 7 * math.sqrt(length)) + 16) * add) * magnitude + tiny
+    return 2 * once if dtype == "float64" else once
+
+
+class Truth(NamedTuple):
+    value: np.ndarray
+    magnitude: np.ndarray
+    length: int  # of the longest sum
+
+
+ACTIVATIONS = {
+    None: lambda z: z,
+    "gelu": lambda z: z / 2 * (1 + math.erf(z / math.sqrt(2))),
+    "gelu_new": lambda z: z / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "relu": lambda z: max(z, 0.0),
+    "silu": lambda z: z / (1 + math.exp(-z)) if z > -700 else 0.0,
+    "tanh": math.tanh,
+}
+STEEPEST = 1.13  # no activation has a larger slope: gelu's is 1.129
+
+
+def true_layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):
+    total = x if residual is None else x + residual
+    size = abs(total) if residual is None else abs(x) + abs(residual)
+    deviation = total - total.sum(-1, keepdims=True) / x.shape[-1]
+    spread = np.sqrt((deviation**2).sum(-1, keepdims=True) / x.shape[-1] + eps)
+    value, shift = deviation / spread * weight, 0 if bias is None else bias
+    # An error of one element moves the numerator by itself and the spread by as much at most.
+    largest = np.max(size, -1, keepdims=True, initial=0)
+    magnitude = abs(weight) * largest / spread * (1 + abs(deviation) / spread) + abs(shift)
+    norm = Truth(value + shift, magnitude, x.shape[-1])
+    return norm if residual is None else (norm, Truth(total, size, 1))
+
+
+def true_linear(x, weight, bias=None, *, activation=None, residual=None, x_magnitude=None):
+    z = np.einsum("...k,nk->...n", x, weight)  # a loop in C, not the BLAS that NumPy's product calls
+    size = np.einsum("...k,nk->...n", abs(x) if x_magnitude is None else x_magnitude, abs(weight))
+    if bias is not None:
+        z, size = z + bias, size + abs(bias)
+    value = np.vectorize(ACTIVATIONS[activation], otypes=[float])(z)
+    if residual is not None:
+        value, size = value + residual, size + abs(residual)
+    return Truth(value, STEEPEST * size, x.shape[-1])
+
+
+def true_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
+    norm = true_layer_norm(x, norm_weight, norm_bias, eps=eps)
+    size = norm.magnitude + abs(norm.value)
+    return true_linear(norm.value, weight, bias, activation=activation, x_magnitude=size)
+
+
+def true_matmul(a, b):
+    spec = "...mk,kn->...mn" if b.ndim == 2 else "...mk,...kn->...mn"
+    return Truth(np.einsum(spec, a, b), np.einsum(spec, abs(a), abs(b)), a.shape[-1])
+
+
+def true_attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
+    (batch, new, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
+    scale = width**-0.5 if scale is None else scale
+    value, magnitude = np.zeros(q.shape), np.zeros(q.shape)
+    for row in range(batch):
+        length = keys if lengths is None else lengths[row]
+        for i in range(new):
+            p = length - new + i
+            seen = [j for j in range(length) if (not causal or j <= p) and (window is None or j > p - window)]
+            for head in range(heads if p >= 0 else 0):
+                values = v[row, seen, head // (heads // kv_heads)]
+                terms = scale * q[row, i, head] * k[row, seen, head // (heads // kv_heads)]
+                weights = np.exp(terms.sum(-1) - terms.sum(-1).max())
+                weights /= weights.sum()
+                value[row, i, head] = weights @ values
+                # A score that is off by d changes its weight by a factor of exp(d), and the sum too.
+                magnitude[row, i, head] = weights @ abs(values) * (1 + 2 * abs(terms).sum(-1).max())
+    return Truth(value, magnitude, max(width, keys))
+
+
+def true_embedding(ids, weight, *, positions=None, position_weight=None, dtype=None):
+    one, other = weight[ids], 0 if positions is None else position_weight[positions]
+    return Truth(one + other, abs(one) + abs(other), 1)
+
+
+TRUTHS = {name.removeprefix("true_"): f for name, f in list(globals().items()) if name.startswith("true_")}
+
+
+class Kind(NamedTuple):
+    """A library and a dtype: how arrays of it are made."""
+
+    library: str
+    dtype: str
+
+    def array(self, values):
+        if self.library == "numpy":
+            return np.asarray(values).astype(self.dtype)
+        return torch.tensor(np.asarray(values)).to(getattr(torch, self.dtype))
+
+    def ints(self, values, dtype="int32"):
+        return self._replace(dtype=dtype).array(values)
+
+    def draw(self, *shape, seed=0, spread=1.0):
+        return self.array(spread * np.random.default_rng([seed, *shape]).standard_normal(shape))
+
+    def draws(self, **shapes):
+        return {name: self.draw(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+def host(array):
+    """The values as NumPy has them, floats as float64, in memory of their own."""
+    if isinstance(array, torch.Tensor):
+        array = array.double().numpy() if array.is_floating_point() else array.numpy()
+    return array.astype(np.float64) if array.dtype.kind == "f" else array.copy()
+
+
+def check(op, arrays, *, result_dtype=None, **options):
+    """The op's result is the truth within the bound, of the right shape and dtype; inputs stay as they were."""
+    before = {name: host(array) for name, array in arrays.items()}
+    results = getattr(gpukernels, op)(**arrays, **options)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(host(array), before[name], err_msg=f"{op} changed {name}")
+    named = [str(array.dtype).removeprefix("torch.") for array in arrays.values()]
+    dtype = result_dtype or next(name for name in named if "float" in name)
+    truths = TRUTHS[op](**before, **options)
+    pairs = [(results, truths)] if isinstance(truths, Truth) else zip(results, truths, strict=True)
+    for result, truth in pairs:
+        assert str(result.dtype).removeprefix("torch.") == dtype
+        assert tuple(result.shape) == truth.value.shape
+        error, limit = abs(host(result) - truth.value), bound(dtype, truth.length, truth.magnitude)
+        assert (error <= limit).all(), f"off by {np.max(error / limit)} times the bound"
+
+
+KINDS = [Kind("numpy", dtype) for dtype in UNIT if dtype != "bfloat16"] + [Kind("torch", dtype) for dtype in UNIT]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+numpy_kinds = pytest.mark.parametrize("kind", KINDS[:3], ids="-".join)
+both = pytest.mark.parametrize("library", ["numpy", "torch"])
+SHAPES = [(7,), (1, 64), (5, 1), (2, 3, 5), (31, 127), (0, 5), (2, 0, 5)]
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@every_kind
+@every_shape
+@pytest.mark.parametrize("left_out", [(), ("bias",), ("residual",), ("bias", "residual")], ids=str)
+def test_layer_norm(kind, shape, left_out):
+    arrays = kind.draws(x=shape, weight=shape[-1:], bias=shape[-1:], residual=shape)
+    for eps in (1e-5, 0.3):
+        check("layer_norm", {name: arrays[name] for name in arrays if name not in left_out}, eps=eps)
+
+
+@every_kind
+@every_shape
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear(kind, shape, activation):
+    arrays = kind.draws(x=shape, weight=(11, shape[-1]), bias=(11,), residual=(*shape[:-1], 11))
+    for left_out in ((), ("bias",), ("residual",), ("bias", "residual")):
+        check("linear", {name: arrays[name] for name in arrays if name not in left_out}, activation=activation)
+
+
+@every_kind
+@every_shape
+def test_norm_linear(kind, shape):
+    width = shape[-1:]
+    arrays = kind.draws(x=shape, norm_weight=width, norm_bias=width, weight=(13, *width), bias=(13,))
+    check("norm_linear", arrays, eps=1e-3, activation="gelu_new")
+    plain = gpukernels.norm_linear(arrays["x"], arrays["norm_weight"], None, arrays["weight"])
+    zeros = {name: kind.array(np.zeros(len(arrays[name]))) for name in ("norm_bias", "bias")}
+    np.testing.assert_array_equal(host(plain), host(gpukernels.norm_linear(**arrays | zeros)))
+
+
+@every_kind
+def test_matmul(kind):
+    for a, b in (((3, 5), (5, 7)), ((1, 1), (1, 1)), ((2, 3, 31, 17), (17, 4)), ((2, 3, 4, 5), (2, 3, 5, 6))):
+        check("matmul", kind.draws(a=a, b=b))
+        check("matmul", kind.draws(a=(*a[:-2], 0, a[-1]), b=b))
+
+
+ATTENTION = {
+    "square": ((2, 7, 3, 8), (7, 3), {}),
+    "new after old": ((2, 3, 2, 5), (11, 2), {}),
+    "one query": ((3, 1, 4, 8), (13, 4), {}),
+    "one key": ((2, 1, 2, 4), (1, 2), {}),
+    "all see all": ((2, 5, 2, 4), (9, 2), {"causal": False}),
+    "more queries than keys": ((1, 5, 2, 4), (3, 2), {"causal": False}),
+    "grouped heads": ((2, 5, 6, 4), (8, 3), {}),
+    "one key head": ((2, 5, 4, 8), (5, 1), {}),
+    "window of one": ((1, 6, 2, 4), (6, 2), {"window": 1}),
+    "window": ((2, 7, 2, 4), (12, 1), {"window": 4}),
+    "window of all": ((1, 7, 2, 4), (7, 2), {"window": 99}),
+    "scale": ((1, 5, 2, 4), (5, 2), {"scale": 0.01}),
+    "negative scale": ((1, 5, 2, 4), (5, 2), {"scale": -1.5}),
+    "lengths": ((5, 4, 2, 4), (9, 2), {"lengths": [9, 0, 3, 4, 5]}),
+    "lengths and window": ((4, 4, 2, 4), (9, 1), {"lengths": [9, 0, 3, 5], "window": 2}),
+    "lengths, all see all": ((4, 4, 2, 4), (9, 1), {"lengths": [9, 0, 3, 5], "causal": False}),
+    "no rows": ((0, 4, 2, 4), (9, 2), {}),
+    "no queries": ((2, 0, 2, 4), (9, 2), {}),
+    "no keys": ((2, 3, 2, 4), (0, 2), {"lengths": [0, 0]}),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("integer", ["int32", "int64"])
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(kind, integer, case):
+    (batch, new, heads, width), kv, options = ATTENTION[case]
+    arrays = kind.draws(q=(batch, new, heads, width), k=(batch, *kv, width), v=(batch, *kv, width))
+    if "lengths" in options:
+        arrays["lengths"] = kind.ints(options["lengths"], integer)
+    check("attention", arrays, **{name: options[name] for name in options if name != "lengths"})
+
+
+@every_kind
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 6e4])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_lies_past_a_rows_length_is_not_read_and_padding_is_zero(kind, garbage, causal):
+    lengths = [0, 1, 3, 6]
+    arrays = kind.draws(q=(4, 4, 2, 4), k=(4, 8, 2, 4), v=(4, 8, 2, 4)) | {"lengths": kind.ints(lengths)}
+    clean = host(gpukernels.attention(**arrays, causal=causal))
+    for row, length in enumerate(lengths):
+        arrays["k"][row, length:] = arrays["v"][row, length:] = garbage
+        assert (clean[row, : max(0, 4 - length)] == 0).all()
+        assert (clean[row, max(0, 4 - length) :] != 0).all()
+    np.testing.assert_array_equal(host(gpukernels.attention(**arrays, causal=causal)), clean)
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [None, "float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
+def test_embedding(kind, dtype, shape):
+    random = np.random.default_rng(0)
+    options = {"dtype": dtype if dtype is None or kind.library == "numpy" else getattr(torch, dtype)}
+    options["result_dtype"] = dtype or kind.dtype
+    arrays = {"ids": kind.ints(random.integers(0, 5, shape)), "weight": kind.draw(5, 3)}
+    check("embedding", arrays, **options)
+    arrays |= {"positions": kind.ints(random.integers(0, 7, shape), "int64"), "position_weight": kind.draw(7, 3)}
+    check("embedding", arrays, **options)
+
+
+BLOCK, QUERIES, SCORES, WIDEN = numpy_ops._BLOCK, numpy_ops._QUERIES, numpy_ops._SCORES, numpy_ops._WIDEN
+around = pytest.mark.parametrize("step", [-1, 0, 1])
+
+
+@numpy_kinds
+@around
+def test_around_a_block_of_elements(kind, step):
+    rows = BLOCK // 64 + step
+    check("layer_norm", kind.draws(x=(rows, 64), weight=(64,), bias=(64,), residual=(rows, 64)))
+    check("linear", kind.draws(x=(rows, 3), weight=(64, 3), bias=(64,), residual=(rows, 64)), activation="relu")
+    check("layer_norm", kind.draws(x=(3, BLOCK + step), weight=(BLOCK + step,)))
+
+
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+@pytest.mark.parametrize(("outer", "inner"), [(3, WIDEN // 2), (2, WIDEN), (WIDEN // 64, 64)])
+@around
+def test_around_a_block_of_widened_weights(stored, outer, inner, step):
+    weight = Kind("numpy", "float16").draw(*((outer, inner + step) if inner > 64 else (outer + step, inner)))
+    weight = weight if stored == "(out, in)" else weight.T
+    check("linear", {"x": Kind("numpy", "float32").draw(2, weight.shape[1]), "weight": weight})
+
+
+@numpy_kinds
+@around
+@pytest.mark.parametrize("options", [{}, {"window": 40}, {"causal": False}], ids=str)
+def test_around_a_block_of_queries(kind, step, options):
+    arrays = kind.draws(q=(1, QUERIES + step, 1, 3), k=(1, QUERIES + 37, 1, 3), v=(1, QUERIES + 37, 1, 3))
+    check("attention", arrays, **options)
+    check("attention", arrays | {"lengths": kind.ints([QUERIES + step - 2])}, **options)  # two queries are padding
+
+
+@numpy_kinds
+@around
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 3)])
+def test_around_a_block_of_scores(kind, step, heads, kv_heads):
+    queries = QUERIES // 4
+    kv = (1, SCORES // (queries * heads // kv_heads) // 2 + step, kv_heads, 2)  # two heads at a time, or just not
+    check("attention", kind.draws(q=(1, queries, heads, 2), k=kv, v=kv), causal=False)
+
+
+@both
+def test_large_values_in_float16(library):
+    kind = Kind(library, "float16")
+    large, row = kind.draw(3, 64, spread=1e4 / 4), kind.draw(64)  # to about 1e4
+    check("layer_norm", {"x": large, "weight": row, "residual": large})
+    check("layer_norm", {"x": kind.array(1e4 + 8.0 * np.arange(64)[None]), "weight": row})
+    check("linear", {"x": large, "weight": kind.draw(5, 64, spread=1e-2), "residual": large[:, :5]}, activation="gelu")
+    check("matmul", {"a": large, "b": kind.draw(64, 2, spread=1e-2)})
+    check("attention", kind.draws(q=(1, 5, 1, 4), k=(1, 5, 1, 4)) | {"v": large[:1, :20].reshape(1, 5, 1, 4)})
+    # Scores of 2**30 overflow float16; as sums of powers of two they are exact in float32.
+    q, v = (kind.draw(2, 9, 2, 64, seed=seed) for seed in range(2))
+    q = kind.array(8192 * (host(q) > 0) - 4096)
+    error = abs(host(gpukernels.attention(q, q, v)) - true_attention(host(q), host(q), host(v)).value)
+    assert (error <= bound("float16", 9, abs(host(v)).max())).all()
+
+
+sizes, seeds = st.integers(1, 9), st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(new=sizes, old=sizes, data=st.data(), seed=seeds)
+def test_a_later_key_changes_no_bit_of_an_earlier_query(new, old, data, seed):
+    random = np.random.default_rng(seed)
+    q, k, v = (random.standard_normal((2, size, 2, 4), np.float32) for size in (new, old + new, old + new))
+    changed = data.draw(st.integers(old, old + new - 1))
+    before = gpukernels.attention(q, k, v)
+    k[:, changed:], v[:, changed:] = random.standard_normal((2, 1)), 1e3
+    after = gpukernels.attention(q, k, v)
+    assert after[:, : changed - old].tobytes() == before[:, : changed - old].tobytes()
+    assert (after[:, changed - old] != before[:, changed - old]).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(new=sizes, old=sizes, groups=st.integers(1, 4), split=sizes, seed=seeds)
+def test_grouped_heads_splits_and_permutations(new, old, groups, split, seed):
+    random = np.random.default_rng(seed)
+    q, k, v = (random.standard_normal((3, *size, 4)) for size in ((new, 2 * groups), (old + new, 2), (old + new, 2)))
+    lengths = np.array([old + new, old, max(1, old + new - split)], np.int32)
+    whole = gpukernels.attention(q, k, v, lengths=lengths)
+    limit = bound("float64", 4 + old + new, true_attention(q, k, v, lengths=lengths).magnitude)
+    repeated = gpukernels.attention(q, k.repeat(groups, 2), v.repeat(groups, 2), lengths=lengths)
+    assert (abs(repeated - whole) <= limit).all()
+    order = random.permutation(3)
+    permuted = gpukernels.attention(q[order], k[order], v[order], lengths=lengths[order])
+    np.testing.assert_array_equal(permuted, whole[order])
+    split = min(split, new)
+    first = gpukernels.attention(q[:, :split], k, v, lengths=np.maximum(lengths - (new - split), 0))
+    second = gpukernels.attention(q[:, split:], k, v, lengths=lengths)
+    assert (abs(np.concatenate((first, second), 1) - whole) <= limit).all()
+
+
+BITS = np.arange(2**16, dtype=np.uint16)
+TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("size", [0, 1, cast._CHUNK - 1, cast._CHUNK, cast._CHUNK + 1, 2**16])
+@pytest.mark.parametrize("mask", [0xFFFF, 0xBFFF], ids=["all", "finite"])  # a chunk with an infinity goes another way
+def test_widen_float16_for_every_bit_pattern(size, mask):
+    bits, out = np.roll(BITS, -size)[:size] & np.uint16(mask), np.full(size, 9, np.float32)
+    cast.widen_float16(bits.view(np.float16), out)
+    want = torch.from_numpy(bits.view(np.int16)).view(torch.float16).float().numpy()
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(np.signbit(out)[~np.isnan(want)], np.signbit(want)[~np.isnan(want)])
+
+
+def float32_samples():
+    """Any bit patterns, and what lies at and beside the middle between two float16 numbers."""
+    numbers = BITS[:0x7C01].view(np.float16).astype(np.float32)
+    numbers[-1] = 2**16  # the number that would follow the largest
+    middles = (numbers[:-1] + numbers[1:]) / 2
+    beside = [np.nextafter(middles, np.float32(to)) for to in (0, 1e9)]
+    random = np.random.default_rng(0).integers(0, 2**32, 2**16, np.uint32).view(np.float32)
+    return np.concatenate([random, middles, -middles, *beside])
+
+
+@pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cast_for_every_pair_of_formats(format, dtype, transposed):
+    """torch judges: its conversions round to nearest, ties to even, and become infinite from 65520 on."""
+    source = float32_samples() if format == "F32" else BITS.view(cast.FORMATS[format])
+    values = torch.from_numpy(source.view(np.int32 if format == "F32" else np.int16)).view(TORCH[format]).reshape(-1, 2)
+    want = values.to(getattr(torch, dtype))
+    out = np.empty(tuple(values.shape[:: -1 if transposed else 1]), dtype)
+    out = out.T if transposed else out
+    overflows = cast.cast(source, format, out)
+    np.testing.assert_array_equal(out, want.numpy())
+    assert overflows == int((want.isinf() & values.isfinite()).sum())
