@@ -10,9 +10,13 @@ import model
 
 
 class Ours:
-    """This package: NumPy for `device="cpu"`, plain torch for a torch device."""
+    """This package: NumPy for `device="cpu"`, plain torch on the CPU for `"torch"`."""
 
-    def __init__(self, folder: Path, device: object, dtype: str):
+    def __init__(self, folder: Path, device: str, dtype: str):
+        if device == "torch":
+            import torch
+
+            device = torch.device("cpu")
         self.lm = model.load(folder, device=device, dtype=dtype)
         self.lm.eos_token_ids = ()
 

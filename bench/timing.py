@@ -1,6 +1,5 @@
 """Timing several ways of doing one thing so that the comparison holds on a noisy machine."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,14 +24,15 @@ class Times:
         return float(np.median(np.divide(other.seconds, self.seconds)))
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, Times]:
-    """Times every run once a round, in turn, so that the machine's moods fall on all of them alike."""
+def interleaved(runs: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, Times]:
+    """Runs each once a round, in turn, so that the machine's moods fall on all of them alike.
+
+    A run returns the seconds that it took.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            elapsed = time.perf_counter() - start
+            elapsed = run()
             if number >= warmup:
                 seconds[name].append(elapsed)
     return {name: Times(tuple(values)) for name, values in seconds.items()}

@@ -6,6 +6,7 @@ prefill the products are BLAS's, so what stands between them works in place, on 
 stay in a core's cache.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -18,27 +19,29 @@ from gpukernels.cast import widen_float16
 _BLOCK = 65536
 
 # Queries handled at a time, and scores: a causal block skips the keys after it, so smaller blocks
-# save work; larger ones make better products.
+# save work; larger ones make better products. 256 KiB of scores stay in the second-level cache.
 _QUERIES = 128
-_SCORES = 131072
+_SCORES = 65536
 
 # Elements of float16 weight widened at a time.
 _WIDEN = 262144
 
 
 def layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):
-    compute = _compute_dtype(x)
+    compute = _compute_dtype(x.dtype)
     total = x if residual is None else np.add(x, residual, dtype=compute).astype(x.dtype, copy=False)
-    rows = total.reshape(-1, x.shape[-1]).astype(compute, copy=False)
+    rows = total.reshape(-1, x.shape[-1])
+    if rows.dtype != compute:
+        rows = rows.astype(compute)
     y = np.empty(rows.shape, compute)
-    weight = weight.astype(compute, copy=False)
-    bias = None if bias is None else bias.astype(compute, copy=False)
     if len(rows) == 1:
         _normalize_row(rows[0], weight, bias, eps, y[0])
     else:
         for part in _row_blocks(rows):
             _normalize_rows(rows[part], weight, bias, eps, y[part])
-    y = y.astype(x.dtype, copy=False).reshape(x.shape)
+    y = y.reshape(x.shape)
+    if compute != x.dtype:
+        y = y.astype(x.dtype)
     return y if residual is None else (y, total)
 
 
@@ -67,22 +70,23 @@ def _normalize_row(row, weight, bias, eps, out):
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
-    compute = _compute_dtype(x)
+    compute = _compute_dtype(x.dtype)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _product(rows.astype(compute, copy=False), weight)
-    shape = (*x.shape[:-1], weight.shape[0])
-    bias = None if bias is None else bias.astype(compute, copy=False)
-    residual = None if residual is None else residual.reshape(y.shape)
-    if bias is not None or activation is not None or residual is not None:
-        for part in _row_blocks(y):
-            out = y[part]
-            if bias is not None:
-                out += bias
-            if activation is not None:
-                _ACTIVATIONS[activation](out)
-            if residual is not None:
-                out += residual[part]
-    return y.astype(x.dtype, copy=False).reshape(shape)
+    if rows.dtype != compute:
+        rows = rows.astype(compute)
+    y = _product(rows, weight)
+    if residual is not None:
+        residual = residual.reshape(y.shape)
+    for part in _row_blocks(y):
+        out = y[part]
+        if bias is not None:
+            out += bias
+        if activation is not None:
+            _ACTIVATIONS[activation](out)
+        if residual is not None:
+            out += residual[part]
+    y = y.reshape(*x.shape[:-1], len(weight))
+    return y if compute == x.dtype else y.astype(x.dtype)
 
 
 def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
@@ -90,7 +94,7 @@ def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activ
 
 
 def matmul(a, b):
-    compute = _compute_dtype(a)
+    compute = _compute_dtype(a.dtype)
     return np.matmul(a.astype(compute, copy=False), b.astype(compute, copy=False)).astype(a.dtype, copy=False)
 
 
@@ -99,10 +103,19 @@ def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
     scale = 1 / math.sqrt(width) if scale is None else scale
-    compute = _compute_dtype(q)
-    scaled = np.multiply(q, np.asarray(scale, compute), dtype=compute)
+    compute = _compute_dtype(q.dtype)
+    scaled = np.multiply(q, scale, dtype=compute)
     k, v = k.astype(compute, copy=False), v.astype(compute, copy=False)
     out = np.zeros(q.shape, compute)
+    if new == 1:
+        for row in range(batch):
+            length = keys if lengths is None else int(lengths[row])
+            if length:
+                seen = slice(0 if window is None else max(0, length - window), length)
+                _attend_one(scaled[row, 0], k[row, seen], v[row, seen], out[row, 0])
+        return out.astype(q.dtype, copy=False)
+    # Scores have one place: an array of this size that comes and goes is mapped and cleared every time.
+    scratch = np.empty(max(_SCORES, group * min(new, _QUERIES) * keys), compute)
 
     for row in range(batch):
         length = keys if lengths is None else int(lengths[row])
@@ -122,16 +135,28 @@ def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
                 part = slice(head, head + step)
                 queries = q_row[part, :, start:stop]
                 some, shape = len(queries), queries.shape
-                scores = np.matmul(queries.reshape(some, -1, width), k_row[part, :, first:last])
+                scores = scratch[: math.prod(shape[:3]) * (last - first)].reshape(some, -1, last - first)
+                np.matmul(queries.reshape(some, -1, width), k_row[part, :, first:last], out=scores)
                 if hidden is not None:
                     by_query = scores.reshape(*shape[:3], last - first)[..., -hidden.shape[1] :]
                     np.copyto(by_query, -np.inf, where=hidden)
                 scores -= np.maximum.reduce(scores, -1, keepdims=True)
                 np.exp(scores, out=scores)
                 result = np.matmul(scores, v_row[part, first:last])
-                result /= np.add.reduce(scores, -1, keepdims=True)
+                result /= np.einsum("hqk->hq", scores)[..., None]
                 out_row[part, :, start:stop] = result.reshape(shape)
     return out.astype(q.dtype, copy=False)
+
+
+def _attend_one(q, k, v, out):
+    """One query (H, D) over keys and values (n, Hkv, D) that it all sees: a decode step's share."""
+    kv_heads, width = k.shape[1:]
+    scores = np.matmul(q.reshape(kv_heads, -1, width), k.transpose(1, 2, 0))
+    scores -= np.maximum.reduce(scores, -1, keepdims=True)
+    np.exp(scores, out=scores)
+    result = out.reshape(kv_heads, -1, width)
+    np.matmul(scores, v.swapaxes(0, 1), out=result)
+    result /= np.add.reduce(scores, -1, keepdims=True)
 
 
 def _hidden(position: int, queries: int, first: int, last: int, causal: bool, window: int | None):
@@ -165,8 +190,9 @@ def _check_index(name: str, index: np.ndarray, table: np.ndarray) -> None:
         raise IndexError(f"embedding: {name} must be 0 to {len(table) - 1}, got {index.min()} to {index.max()}")
 
 
-def _compute_dtype(x: np.ndarray) -> np.dtype:
-    return np.promote_types(x.dtype, np.float32)
+@functools.cache
+def _compute_dtype(dtype: np.dtype) -> np.dtype:
+    return np.promote_types(dtype, np.float32)
 
 
 def _row_blocks(rows: np.ndarray) -> Iterable[slice]:

@@ -48,8 +48,12 @@ class Cache:
 
     def append(self, layer: int, k: Any, v: Any) -> tuple[Any, Any]:
         """Writes (B, T, Hkv, D) at the positions of `advance`; returns all of the layer, (B, S, Hkv, D)."""
+        one, tail = len(self.lengths) == 1, slice(self.extent - k.shape[1], self.extent)
         for store, new in ((self.keys[layer], k), (self.values[layer], v)):
-            store[self._rows, :, self.positions] = new
+            if one:  # its place is known to the host, and a slice is ten times faster than an index
+                store[:, :, tail] = new.swapaxes(1, 2)
+            else:
+                store[self._rows, :, self.positions] = new
         return tuple(store[layer, :, :, : self.extent].swapaxes(1, 2) for store in (self.keys, self.values))
 
     def move(self, source: int, target: int) -> None:

@@ -70,6 +70,7 @@ class EagerDecoder:
 
     def _forward(self, cache: Cache, ids: list[list[int]], extent: int) -> Any:
         positions = cache.advance(len(ids[0]), extent)
-        x = gpt2.hidden_states(self._parameters, self._config, self._device.indices(ids), positions, cache)
-        # Only the last position is unembedded: the table is a third of GPT-2's weights.
-        return gpt2.unembed(self._parameters, self._config, x[:, -1])
+        ids = self._device.indices(ids)
+        # Only the last position is wanted, and only that is unembedded: the table is a third of GPT-2's weights.
+        x = gpt2.hidden_states(self._parameters, self._config, ids, positions, cache, last_only=True)
+        return gpt2.unembed(self._parameters, self._config, x[:, 0])

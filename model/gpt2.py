@@ -88,7 +88,9 @@ def map_names(names: Iterable[str]) -> NameMap:
     return result
 
 
-def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions, cache: Cache | None = None):
+def hidden_states(
+    parameters: Parameters, config: GPT2Config, ids, positions, cache: Cache | None = None, *, last_only: bool = False
+):
     """The residual stream behind the last block, before the final norm.
 
     Args:
@@ -96,9 +98,11 @@ def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions, ca
         positions: (B, T) or broadcast views of it, where the tokens stand.
         cache: the keys and values of what came before; takes those of these tokens. Its lengths
             already count the T new tokens. None: the tokens are all there is.
+        last_only: of the last position alone. The last block then computes keys and values for all
+            positions, and everything behind them for one.
 
     Returns:
-        (B, T, C).
+        (B, T, C), or (B, 1, C).
     """
     root = parameters.root
     x = embedding(
@@ -109,13 +113,13 @@ def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions, ca
         dtype=parameters.activation_dtype,
     )
     for layer, block_parameters in enumerate(parameters.blocks):
-        x = block(block_parameters, config, layer, x, cache)
+        x = block(block_parameters, config, layer, x, cache, last_only=last_only and layer == config.n_layer - 1)
     return x
 
 
-def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = None):
-    """One block: x (B, T, C) -> (B, T, C), from the parameters of that block alone."""
-    batch, new, width = x.shape
+def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = None, *, last_only: bool = False):
+    """One block: x (B, T, C) -> (B, T, C), or (B, 1, C), from the parameters of that block alone."""
+    batch, new, _ = x.shape
     eps = config.layer_norm_epsilon
 
     qkv = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps)
@@ -125,8 +129,10 @@ def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = N
     if cache is not None:
         k, v = cache.append(layer, k, v)
         lengths = cache.lengths
+    if last_only:
+        q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
     y = attention(q, k, v, lengths=lengths, scale=config.attention_scale(layer))
-    x = linear(y.reshape(batch, new, width), p["projection.weight"], p["projection.bias"], residual=x)
+    x = linear(y.reshape(x.shape), p["projection.weight"], p["projection.bias"], residual=x)
 
     up = norm_linear(
         x,
