@@ -24,6 +24,8 @@ class Slot:
     def stored_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.transposed else self.shape
 
+_ALIGNMENT = 64  # elements: 128 bytes at least, what wide loads of any device ask for
+
 
 class Parameters(MutableMapping):
     """The parameters by name ("blocks.0.qkv.weight"); products are (out, in).
@@ -40,9 +42,12 @@ class Parameters(MutableMapping):
         self.root: dict = {}
         self.blocks: list[dict] = []
         self._arrays = {}
-        for slot in self.slots.values():
-            array = device.empty(slot.shape, dtype)
-            self._arrays[slot.name] = array
+        # One allocation: the whole of it lies in the system's large pages, which reading it through needs.
+        sizes = [-(-slot.size // _ALIGNMENT) * _ALIGNMENT for slot in self.slots.values()]
+        memory, start = device.empty((sum(sizes),), dtype), 0
+        for slot, size in zip(self.slots.values(), sizes, strict=True):
+            array = memory[start : start + slot.size].reshape(slot.shape)
+            self._arrays[slot.name], start = array, start + size
             group, _, short = slot.name.partition(".")
             if group != "blocks":
                 self.root[slot.name] = array
