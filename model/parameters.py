@@ -24,6 +24,7 @@ class Slot:
     def stored_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.transposed else self.shape
 
+
 _ALIGNMENT = 64  # elements: 128 bytes at least, what wide loads of any device ask for
 
 
