@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from fake_hub import LFS_POINTER, WEB_PAGE
-from hub_model import NAME, TOKEN, constants, files, refusal, tensors
+from hub_model import NAME, TOKEN, constants, files, huggingface_hub, refusal, tensors
 
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_entries
 from model.errors import CheckpointError
@@ -236,6 +236,7 @@ def test_a_client_that_is_not_installed_is_named(monkeypatch):
 
 def test_progress_bars_can_be_switched_off_for_one_call(hub, monkeypatch, capsys):
     monkeypatch.setenv("TQDM_POSITION", "-1")  # the client's switch for bars where there is no terminal
+    huggingface_hub.utils.enable_progress_bars()  # other tests switch transformers' bars off, and these with them
     hub.commit(NAME, files())
     fetch(NAME, progress=False)
     assert capsys.readouterr().err == ""
