@@ -1,9 +1,12 @@
 """Timing several ways of doing one thing so that the comparison holds on a noisy machine."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+_PAUSE = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Times:
 def interleaved(runs: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, Times]:
     """Runs each once a round, in turn, so that the machine's moods fall on all of them alike.
 
-    A run returns the seconds that it took.
+    A run returns the seconds that it took. Each begins after a pause: a runtime's threads go on spinning
+    for a while when it has answered (OpenMP's for 200 ms), and would hold the cores of the next one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):
         for name, run in runs.items():
+            time.sleep(_PAUSE)
             elapsed = run()
             if number >= warmup:
                 seconds[name].append(elapsed)
