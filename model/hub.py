@@ -76,8 +76,10 @@ def fetch(
         if not missing or (offline and missing == [_TOKENIZER]):
             return folder
     if offline:
-        need = "refresh asks the Hub" if refresh else f"the cache {cache} lacks {', '.join(missing)}"
-        raise HubError(f"{where}: {need}, which {offline} forbids: load it once without")
+        need = "refresh was asked for" if refresh else f"the cache {cache} lacks {', '.join(missing)}"
+        raise HubError(
+            f"{where}: {need}, and {offline} forbids asking the Hub: check the name, or load it once without"
+        )
     with _one_sentence(where, cache):
         commit, files = _listing(name, revision, token)
 

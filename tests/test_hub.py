@@ -160,10 +160,12 @@ def test_offline_the_cache_is_enough(hub, monkeypatch):
 
 def test_offline_what_is_not_cached_is_named(hub, monkeypatch):
     hub.commit(NAME, files())
-    assert "lacks config.json, model.safetensors, which local_files_only forbids" in refusal(local_files_only=True)
+    assert "lacks config.json, model.safetensors, and local_files_only forbids asking the Hub" in refusal(
+        local_files_only=True
+    )
     offline(monkeypatch)
     assert "HF_HUB_OFFLINE" in refusal()
-    assert "refresh asks the Hub" in refusal(refresh=True)
+    assert "refresh was asked for" in refusal(refresh=True)
     assert hub.requests == []
 
 
