@@ -26,7 +26,8 @@ from model.parameters import Parameters, Slot
 BUNDLED = "tiny-gpt2"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / BUNDLED
 
-# Bytes read at a time where they cannot go straight into the parameter.
+# Bytes read at a time where they cannot go straight into the parameter: the longest row that a config may
+# have (2**20 float32) is as long.
 _CHUNK = 4 * 2**20
 
 
@@ -223,8 +224,6 @@ def _read(file: BinaryIO, entry: TensorEntry, out, device: Device, scratch: memo
     overflowed = 0
     row = stored.itemsize * (entry.size // max(1, entry.shape[0]))
     rows = max(1, len(scratch) // max(1, row))
-    if row > len(scratch):  # an embedding wider than any GPT-2's
-        scratch = memoryview(bytearray(row))
     for start in range(0, entry.shape[0], rows):
         part = out[start : start + rows]
         raw = scratch[: part.shape[0] * row]

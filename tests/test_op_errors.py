@@ -302,7 +302,7 @@ STRIDED = {  # shapes, and lists of integers
 
 
 STORAGE = [(kind, how) for kind in KINDS for how in ("transposed", "every second element")]
-STORAGE += [(kind, "backwards") for kind in KINDS if kind.library == "numpy"]  # torch has no negative strides
+STORAGE += [(kind, "backwards") for kind in KINDS if kind.arrays == "numpy"]  # torch has no negative strides
 
 
 @pytest.mark.parametrize("op", STRIDED)

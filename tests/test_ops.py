@@ -121,11 +121,11 @@ TRUTHS = {name.removeprefix("true_"): f for name, f in list(globals().items()) i
 class Kind(NamedTuple):
     """A library and a dtype: how arrays of it are made."""
 
-    library: str
+    arrays: str  # "numpy" or "torch"
     dtype: str
 
     def array(self, values):
-        if self.library == "numpy":
+        if self.arrays == "numpy":
             return np.asarray(values).astype(self.dtype)
         return torch.tensor(np.asarray(values)).to(getattr(torch, self.dtype))
 
@@ -260,7 +260,7 @@ def test_what_lies_past_a_rows_length_is_not_read_and_padding_is_zero(kind, garb
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
 def test_embedding(kind, dtype, shape):
     random = np.random.default_rng(0)
-    options = {"dtype": dtype if dtype is None or kind.library == "numpy" else getattr(torch, dtype)}
+    options = {"dtype": dtype if dtype is None or kind.arrays == "numpy" else getattr(torch, dtype)}
     options["result_dtype"] = dtype or kind.dtype
     arrays = {"ids": kind.ints(random.integers(0, 5, shape)), "weight": kind.draw(5, 3)}
     check("embedding", arrays, **options)
