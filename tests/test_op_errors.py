@@ -6,7 +6,8 @@ NumPy and torch refuse the same calls with the same words, before anything is co
 import numpy as np
 import pytest
 import torch
-from test_ops import KINDS, Kind, both, check, host
+from test_ops import KINDS, both
+from truth import Kind, check, host
 
 import gpukernels
 from gpukernels import attention, embedding, layer_norm, linear, matmul, norm_linear, numpy_ops, torch_ops

@@ -29,10 +29,10 @@ def env(as_json: Json = False) -> None:
     reason = why_no_cuda()
     devices = [] if reason else _gpus()
     if reason:
-        runs = "NumPy on the CPU (gpukernels/numpy_ops.py), float32"
+        runs = "NumPy on the CPU (gpukernels/numpy_ops), float32"
         why = reason
     else:
-        runs = "torch on cuda:0 (gpukernels/torch_ops.py), float16, or bfloat16 for a bfloat16 checkpoint"
+        runs = "torch on cuda:0 (gpukernels/torch_ops), float16, or bfloat16 for a bfloat16 checkpoint"
         why = "the driver sees a GPU and torch can use it"
     versions = {name: _version(name) for name in _PACKAGES}
     document = {

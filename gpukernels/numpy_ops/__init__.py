@@ -1,0 +1,14 @@
+"""Every op on `np.ndarray`: the CPU runtime. Imports NumPy only.
+
+`gpukernels.ops` has the contracts and has checked the arguments. What counts here: a decode step is
+matrix-vector products at the speed of memory, so nothing else may touch a weight-sized array; in
+prefill the products are BLAS's, so what stands between them works in place, on blocks of rows that
+stay in a core's cache.
+"""
+
+from gpukernels.numpy_ops.attention import attention
+from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
+from gpukernels.numpy_ops.norm import layer_norm
+from gpukernels.numpy_ops.pointwise import embedding
+
+__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear"]

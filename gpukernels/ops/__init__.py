@@ -1,0 +1,22 @@
+"""The public ops: what each one means, what it accepts, and one call to what runs it.
+
+The type of the arrays chooses the implementation: `np.ndarray` runs `numpy_ops` (which imports
+NumPy only), `torch.Tensor` runs `torch_ops`. Nothing else does: no global switch, no environment
+variable. Every check stands here, before anything is allocated, so that all implementations accept
+and refuse the same calls with the same words.
+
+Dimensions: B batch, T new positions, S key positions, H query heads, Hkv key-value heads, D head
+width, C model width, V vocabulary; matrices M, N, K. Weights are (out, in), as torch has them; any
+strides will do. Inputs are float16, float32, float64 (and bfloat16 for torch); statistics, sums and
+softmax are computed in float32 at least, and a result has the dtype of `x` (or `a`, or `q`).
+A weight may be narrower than `x` (float16 storage under float32 activations): it is widened, exactly,
+as it is used.
+"""
+
+from gpukernels.ops.attention import attention
+from gpukernels.ops.checks import ACTIVATIONS
+from gpukernels.ops.matmul import linear, matmul, norm_linear
+from gpukernels.ops.norm import layer_norm
+from gpukernels.ops.pointwise import embedding
+
+__all__ = ["ACTIVATIONS", "attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear"]

@@ -1,0 +1,92 @@
+"""Which implementation runs, and the checks that several ops share.
+
+Every message names the op, the argument, what was wanted and what came."""
+
+import functools
+import sys
+from types import ModuleType
+from typing import TypeVar
+
+import numpy as np
+
+from gpukernels import numpy_ops
+
+Array = TypeVar("Array")
+
+#: Activations of `linear` and `norm_linear`: `gelu` is the exact one (erf), `gelu_new` the tanh form.
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
+
+FLOATS = {"float16", "bfloat16", "float32", "float64"}
+
+_NUMPY, _NUMPY_OR_NONE = {np.ndarray}, {np.ndarray, type(None)}
+
+
+def implementation(op: str, required: dict, **optional) -> ModuleType:
+    """The module that runs `op` for these arrays; an optional one may be None."""
+    # Sets of types first: a decode step asks this seventy times a token.
+    if set(map(type, required.values())) == _NUMPY and set(map(type, optional.values())) <= _NUMPY_OR_NONE:
+        return numpy_ops
+    for name, array in required.items():
+        if array is None:
+            raise TypeError(f"{op}: {name} must be an array, got None")
+    given = required | {name: array for name, array in optional.items() if array is not None}
+    if all(isinstance(array, np.ndarray) for array in given.values()):
+        return numpy_ops
+    # A torch tensor can only be here if its owner has imported torch.
+    torch = sys.modules.get("torch")
+    if torch is not None and all(isinstance(array, torch.Tensor) for array in given.values()):
+        from gpukernels import torch_ops
+
+        devices = {array.device for array in given.values()}
+        if len(devices) > 1:
+            where = ", ".join(f"{name} on {array.device}" for name, array in given.items())
+            raise ValueError(f"{op}: the arrays must be on one device, got {where}")
+        return torch_ops
+    kinds = ", ".join(f"{name} {type(array).__module__}.{type(array).__name__}" for name, array in given.items())
+    raise TypeError(f"{op}: the arrays must be all numpy.ndarray or all torch.Tensor, got {kinds}")
+
+
+@functools.cache
+def dtype_name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape(array) -> str:
+    return str(tuple(array.shape))
+
+
+def check_floats(op: str, **arrays) -> None:
+    for name, array in arrays.items():
+        if array is not None and dtype_name(array.dtype) not in FLOATS:
+            raise TypeError(f"{op}: {name} must be a floating-point array, got {dtype_name(array.dtype)}")
+
+
+def check_integers(op: str, name: str, array) -> None:
+    if dtype_name(array.dtype) not in ("int32", "int64"):
+        raise TypeError(f"{op}: {name} must be int32 or int64, got {dtype_name(array.dtype)}")
+
+
+def check_shape(op: str, name: str, array, want: tuple, why: str) -> None:
+    if tuple(array.shape) != want:
+        raise ValueError(f"{op}: {name} must be {want} {why}, got {shape(array)}")
+
+
+def check_norm(op: str, x, weight, bias, eps: float, weight_name: str, bias_name: str) -> None:
+    if x.ndim < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must be (..., C) with C of 1 or more, got {shape(x)}")
+    for name, array in ((weight_name, weight), (bias_name, bias)):
+        if array is not None:
+            check_shape(op, name, array, (x.shape[-1],), "to match x")
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be 0 or more, got {eps}")
+
+
+def check_product(op: str, x, weight, bias, activation: str | None) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"{op}: weight must be (N, K), got {shape(weight)}")
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x must be (..., {weight.shape[1]}) to match weight {shape(weight)}, got {shape(x)}")
+    if bias is not None:
+        check_shape(op, "bias", bias, (weight.shape[0],), "to match weight")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, or None, got {activation!r}")

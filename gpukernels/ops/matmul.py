@@ -1,0 +1,104 @@
+"""Matrix products, and what is fused with them."""
+
+from gpukernels.ops.checks import (
+    Array,
+    check_floats,
+    check_norm,
+    check_product,
+    check_shape,
+    dtype_name,
+    implementation,
+    shape,
+)
+
+
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    activation: str | None = None,
+    residual: Array | None = None,
+) -> Array:
+    """y = activation(x @ weight.T + bias) + residual.
+
+    Args:
+        x: (..., K).
+        weight: (N, K), any strides; (K, N) storage is passed as its transposed view.
+        bias: (N,) or None.
+        activation: one of `ACTIVATIONS`, or None.
+        residual: (..., N), added last, or None.
+
+    Returns:
+        (..., N), of x's dtype.
+
+    Raises:
+        TypeError: arrays of different kinds, or not floating point.
+        ValueError: a shape that does not match, or an unknown activation.
+
+    Cost: 2 M N K flops for M rows; with few rows, one read of the weight.
+    """
+    run = implementation("linear", {"x": x, "weight": weight}, bias=bias, residual=residual)
+    check_floats("linear", x=x, weight=weight, bias=bias, residual=residual)
+    check_product("linear", x, weight, bias, activation)
+    if residual is not None:
+        check_shape("linear", "residual", residual, (*x.shape[:-1], weight.shape[0]), "to match the result")
+    return run.linear(x, weight, bias, activation=activation, residual=residual)
+
+
+def norm_linear(
+    x: Array,
+    norm_weight: Array,
+    norm_bias: Array | None,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Array:
+    """activation(layer_norm(x, norm_weight, norm_bias, eps) @ weight.T + bias), what a decode step fuses.
+
+    Args:
+        x: (..., C).
+        norm_weight, norm_bias: (C,), of the layer norm; the bias may be None.
+        weight: (N, C).
+        bias: (N,) or None.
+        eps: of the layer norm; not negative.
+        activation: one of `ACTIVATIONS`, or None.
+
+    Returns:
+        (..., N), of x's dtype. Raises as `layer_norm` and `linear` do.
+    """
+    arrays = {"x": x, "norm_weight": norm_weight, "weight": weight}
+    run = implementation("norm_linear", arrays, norm_bias=norm_bias, bias=bias)
+    check_floats("norm_linear", **arrays, norm_bias=norm_bias, bias=bias)
+    check_norm("norm_linear", x, norm_weight, norm_bias, eps, "norm_weight", "norm_bias")
+    check_product("norm_linear", x, weight, bias, activation)
+    return run.norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, activation=activation)
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """The matrix product a @ b, batched over equal leading dimensions.
+
+    Args:
+        a: (..., M, K).
+        b: (..., K, N) with the same leading dimensions, or (K, N) for all of them.
+
+    Returns:
+        (..., M, N), of a's dtype; float16 and bfloat16 are accumulated in float32.
+
+    Raises:
+        TypeError: arrays of different kinds or dtypes, or not floating point.
+        ValueError: shapes that do not multiply.
+    """
+    run = implementation("matmul", {"a": a, "b": b})
+    check_floats("matmul", a=a, b=b)
+    if a.dtype != b.dtype:
+        raise TypeError(f"matmul: b must have a's dtype {dtype_name(a.dtype)}, got {dtype_name(b.dtype)}")
+    if a.ndim < 2 or b.ndim < 2:
+        raise ValueError(f"matmul: a and b must have 2 dimensions or more, got {shape(a)} and {shape(b)}")
+    if b.ndim > 2 and a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(f"matmul: the leading dimensions of a and b must be equal, got {shape(a)} and {shape(b)}")
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"matmul: b must be (..., {a.shape[-1]}, N) to match a {shape(a)}, got {shape(b)}")
+    return run.matmul(a, b)

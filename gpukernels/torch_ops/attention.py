@@ -1,0 +1,36 @@
+"""Attention with all scores in memory."""
+
+import math
+
+import torch
+
+
+def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
+    batch, new, heads, width = q.shape
+    keys = k.shape[1]
+    group = heads // k.shape[2]
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
+
+    if lengths is None:
+        lengths = torch.full((batch,), keys, dtype=torch.int64, device=q.device)
+    position = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, T)
+    key = torch.arange(keys, device=q.device)
+    visible = (key < lengths[:, None])[:, None] & (position >= 0)[..., None]  # (B, T, S)
+    if causal:
+        visible = visible & (key <= position[..., None])
+    if window is not None:
+        visible = visible & (key > position[..., None] - window)
+    visible = visible[:, None]
+
+    q, k, v = (array.to(compute).transpose(1, 2) for array in (q, k, v))  # (B, H, T, D)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    # A cache may hold anything past a row's length, and 0 * inf is NaN: such values must not be read.
+    v = v.masked_fill((key >= lengths[:, None])[:, None, :, None], 0)
+    scores = (q * scale) @ k.transpose(2, 3)
+    # A query that sees nothing would be NaN after softmax: give it finite scores, then zeros.
+    scores = torch.where(visible, scores, -torch.inf)
+    scores = torch.where(visible.any(-1, keepdim=True), scores, 0)
+    weights = torch.where(visible, torch.softmax(scores, -1), 0)
+    return (weights @ v).transpose(1, 2).contiguous().to(dtype)
