@@ -14,8 +14,10 @@ CHECK := $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 
 demo: $(BASE)/.installed
 	@$(BASE)/bin/gpukernels demo
 
+# Triton is told to interpret when it is imported, so the kernels' own tests are a session of their own.
 test: $(TEST)/.installed lint
-	@$(TEST)/bin/python -m pytest
+	@$(TEST)/bin/python -m pytest --numprocesses auto
+	@TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --numprocesses auto tests/kernels tests/test_registration.py
 
 lint: $(TEST)/.installed
 	@$(TEST)/bin/ruff check .

@@ -12,6 +12,7 @@ from gpukernels.ops import (
     linear,
     matmul,
     norm_linear,
+    rms_norm,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "linear",
     "matmul",
     "norm_linear",
+    "rms_norm",
 ]
 
 __version__ = "0.1.0"

@@ -35,6 +35,15 @@ def test_layer_norm(kind, shape, left_out):
 
 @every_kind
 @every_shape
+def test_rms_norm(kind, shape):
+    arrays = kind.draws(x=shape, weight=shape[-1:], residual=shape)
+    for eps in (1e-5, 0.3):
+        check("rms_norm", arrays, eps=eps)
+        check("rms_norm", {name: arrays[name] for name in ("x", "weight")}, eps=eps)
+
+
+@every_kind
+@every_shape
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_linear(kind, shape, activation):
     arrays = kind.draws(x=shape, weight=(11, shape[-1]), bias=(11,), residual=(*shape[:-1], 11))

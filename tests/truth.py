@@ -64,6 +64,15 @@ def true_layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):
     return norm if residual is None else (norm, Truth(total, size, 1))
 
 
+def true_rms_norm(x, weight, *, eps=1e-6, residual=None):
+    total = x if residual is None else x + residual
+    size = abs(total) if residual is None else abs(x) + abs(residual)
+    spread = np.sqrt((total**2).sum(-1, keepdims=True) / x.shape[-1] + eps)
+    largest = np.max(size, -1, keepdims=True, initial=0)
+    norm = Truth(total / spread * weight, abs(weight) * (size + abs(total) * largest / spread) / spread, x.shape[-1])
+    return norm if residual is None else (norm, Truth(total, size, 1))
+
+
 def true_linear(x, weight, bias=None, *, activation=None, residual=None, x_magnitude=None):
     z = np.einsum("...k,nk->...n", x, weight)  # a loop in C, not the BLAS that NumPy's product calls
     size = np.einsum("...k,nk->...n", abs(x) if x_magnitude is None else x_magnitude, abs(weight))
@@ -119,11 +128,12 @@ class Kind(NamedTuple):
 
     arrays: str  # "numpy" or "torch"
     dtype: str
+    device: str = "cpu"
 
     def array(self, values):
         if self.arrays == "numpy":
             return np.asarray(values).astype(self.dtype)
-        return torch.tensor(np.asarray(values)).to(getattr(torch, self.dtype))
+        return torch.tensor(np.asarray(values)).to(self.device, getattr(torch, self.dtype))
 
     def ints(self, values, dtype="int32"):
         return self._replace(dtype=dtype).array(values)
@@ -138,6 +148,7 @@ class Kind(NamedTuple):
 def host(array):
     """The values as NumPy has them, floats as float64, in memory of their own."""
     if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
         array = array.double().numpy() if array.is_floating_point() else array.numpy()
     return array.astype(np.float64) if array.dtype.kind == "f" else array.copy()
 

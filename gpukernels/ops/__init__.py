@@ -16,7 +16,7 @@ as it is used.
 from gpukernels.ops.attention import attention
 from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.matmul import linear, matmul, norm_linear
-from gpukernels.ops.norm import layer_norm
+from gpukernels.ops.norm import layer_norm, rms_norm
 from gpukernels.ops.pointwise import embedding
 
-__all__ = ["ACTIVATIONS", "attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear"]
+__all__ = ["ACTIVATIONS", "attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]

@@ -3,6 +3,7 @@
 Every message names the op, the argument, what was wanted and what came."""
 
 import functools
+import os
 import sys
 from types import ModuleType
 from typing import TypeVar
@@ -18,11 +19,18 @@ ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu", "tanh")
 
 FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
+# As Triton reads it; Triton itself is not imported before a tensor needs it.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
 _NUMPY, _NUMPY_OR_NONE = {np.ndarray}, {np.ndarray, type(None)}
 
 
 def implementation(op: str, required: dict, **optional) -> ModuleType:
-    """The module that runs `op` for these arrays; an optional one may be None."""
+    """The module that runs `op` for these arrays; an optional one may be None.
+
+    NumPy arrays: `numpy_ops`. CUDA tensors of up to 32 bits: the Triton kernels, `library`; CPU tensors
+    too where Triton interprets, which is Triton's own switch. Every other tensor: `torch_ops`.
+    """
     # Sets of types first: a decode step asks this seventy times a token.
     if set(map(type, required.values())) == _NUMPY and set(map(type, optional.values())) <= _NUMPY_OR_NONE:
         return numpy_ops
@@ -41,6 +49,13 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
         if len(devices) > 1:
             where = ", ".join(f"{name} on {array.device}" for name, array in given.items())
             raise ValueError(f"{op}: the arrays must be on one device, got {where}")
+        device = devices.pop().type
+        if any(array.dtype == torch.float64 for array in given.values()):
+            return torch_ops
+        if device == "cuda" or (device == "cpu" and _INTERPRETING) or (device == "meta" and "triton" in sys.modules):
+            from gpukernels import library
+
+            return library
         return torch_ops
     kinds = ", ".join(f"{name} {type(array).__module__}.{type(array).__name__}" for name, array in given.items())
     raise TypeError(f"{op}: the arrays must be all numpy.ndarray or all torch.Tensor, got {kinds}")

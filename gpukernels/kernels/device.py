@@ -1,0 +1,43 @@
+"""What a launcher asks about the GPU, and how it sees arrays.
+
+The answers come from Triton's driver, not from `torch.cuda`, so that a stand-in driver (see
+`gpukernels.compile_report`) can give those of a GPU that is not here. Under Triton's interpreter
+there is no driver: then the GPU is `INTERPRETED`, small, so that persistent kernels loop.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime import driver
+
+#: True where `@triton.jit` made interpreted functions (TRITON_INTERPRET=1), which run on CPU tensors.
+INTERPRETING = triton.knobs.runtime.interpret
+
+
+class Gpu(NamedTuple):
+    capability: int  # 90 for sm_90
+    multiprocessors: int
+
+
+INTERPRETED = Gpu(capability=80, multiprocessors=3)
+
+
+def gpu() -> Gpu:
+    """The GPU that a launch now would run on."""
+    return INTERPRETED if INTERPRETING else _gpu(driver.active.get_current_device())
+
+
+@functools.cache
+def _gpu(device: int) -> Gpu:
+    active = driver.active
+    properties = active.utils.get_device_properties(device)
+    # A stand-in driver gives each capability a device number of its own, so the cache is right for it too.
+    return Gpu(int(active.get_current_target().arch), properties["multiprocessor_count"])
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., C) as (M, C) with neighbouring elements in a row: a view where the strides allow one."""
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()

@@ -1,0 +1,270 @@
+"""Layer norm and RMS norm, forward and backward, with the residual add fused both ways.
+
+    s = x + residual                           (rounded to x's dtype, and returned)
+    h = (s - mean(s)) / sqrt(var(s) + eps)     layer norm; s / sqrt(mean(s^2) + eps) for RMS norm
+    y = h * weight + bias
+
+    g  = dy * weight
+    ds = rstd * (g - mean(g) - h * mean(g * h)) + ds_in      (RMS norm: without mean(g))
+    dweight = sum of dy * h over the rows,   dbias = sum of dy
+
+All arithmetic is float32. The forward pass saves mean and rstd = 1 / sqrt(var + eps), 8 bytes a row, and
+the variance is that of the deviations from the mean: rows with a large mean lose nothing.
+
+Cost, M rows of C elements of b bytes: forward reads x (and residual) and writes y (and s), 2 M C b (or
+4 M C b); backward reads dy and s and writes ds, 3 M C b. At 32768 x 768 in float16 that is 101 and 151 MB.
+Nothing here comes near a limit but memory's.
+
+The rows of the backward pass are dealt to a fixed number of programs per multiprocessor. Each keeps its
+share of dweight and dbias in registers and writes one float32 row; a second, small kernel adds those rows
+up in their order. No atomics: the same input gives the same bits.
+
+Ba et al., arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from gpukernels.kernels.device import gpu, rows
+from gpukernels.kernels.tiles import norm_backward_tile, norm_forward_tile
+
+
+@triton.jit
+def _norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    M, N, stride_xm, stride_residual_m, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M whole rows in registers."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N)
+    row_mask, col_mask = row < M, col < N
+    mask = row_mask[:, None] & col_mask[None, :]
+    row = row.to(tl.int64)
+
+    s = tl.load(x_ptr + row[:, None] * stride_xm + col[None, :], mask, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * stride_residual_m + col[None, :], mask, other=0.0)
+        # Rounded before it is used: the backward pass reads what is stored here.
+        s = (s.to(tl.float32) + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row[:, None] * N + col[None, :], s, mask)
+    s = s.to(tl.float32)
+
+    if CENTER:
+        mean = tl.sum(s, 1) / N
+        s = tl.where(col_mask[None, :], s - mean[:, None], 0.0)
+        tl.store(mean_ptr + row, mean, row_mask)
+    rstd = 1 / tl.sqrt_rn(tl.sum(s * s, 1) / N + eps)
+    tl.store(rstd_ptr + row, rstd, row_mask)
+
+    y = s * rstd[:, None] * tl.load(weight_ptr + col, col_mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + col, col_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row[:, None] * N + col[None, :], y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _norm_forward_wide_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    N, stride_xm, stride_residual_m, eps,
+    BLOCK_N: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """One row, in pieces: once for the statistics, once more (from the L2 cache) for the result."""
+    row = tl.program_id(0).to(tl.int64)
+    mean, squares = 0.0, 0.0  # of the elements so far: their mean, and the sum of squared deviations from it
+    for start in range(0, N, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        mask = col < N
+        s = tl.load(x_ptr + row * stride_xm + col, mask, other=0.0)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + row * stride_residual_m + col, mask, other=0.0)
+            s = (s.to(tl.float32) + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * N + col, s, mask)
+        s = s.to(tl.float32)
+        if CENTER:
+            # Two groups' statistics make those of both: Chan, Golub and LeVeque (1983).
+            count = tl.minimum(N - start, BLOCK_N).to(tl.float32)
+            piece_mean = tl.sum(s, 0) / count
+            deviation = tl.where(mask, s - piece_mean, 0.0)
+            step = piece_mean - mean
+            squares += tl.sum(deviation * deviation, 0) + step * step * (count * start / (start + count))
+            mean += step * (count / (start + count))
+        else:
+            squares += tl.sum(s * s, 0)
+    rstd = 1 / tl.sqrt_rn(squares / N + eps)
+    if CENTER:
+        tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+    for start in range(0, N, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        mask = col < N
+        s = tl.load(x_ptr + row * stride_xm + col, mask, other=0.0)
+        if residual_ptr is not None:  # added again: what was stored above may not be visible yet
+            residual = tl.load(residual_ptr + row * stride_residual_m + col, mask, other=0.0)
+            s = (s.to(tl.float32) + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        y = (s.to(tl.float32) - mean) * rstd * tl.load(weight_ptr + col, mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + col, mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row * N + col, y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _norm_backward_means_kernel(
+    dy_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, means_ptr,
+    M, N, stride_dym, stride_sm,
+    BLOCK_N: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """mean(g h) and mean(g) of one row that does not fit the registers: means (2, M), float32."""
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.load(mean_ptr + row) if CENTER else 0.0
+    rstd = tl.load(rstd_ptr + row)
+    all_gh, all_g = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)
+        mask = col < N
+        dy = tl.load(dy_ptr + row * stride_dym + col, mask, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + row * stride_sm + col, mask, other=0.0).to(tl.float32)
+        g = dy * tl.load(weight_ptr + col, mask, other=0.0).to(tl.float32)
+        all_gh += g * ((s - mean) * rstd)  # where the mask is off, g is 0
+        all_g += g
+    tl.store(means_ptr + row, tl.sum(all_gh, 0) / N)
+    tl.store(means_ptr + M + row, tl.sum(all_g, 0) / N)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dy_ptr, dtotal_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, means_ptr, ds_ptr, partial_ptr,
+    M, N, stride_dym, stride_dtotal_m, stride_sm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr,
+    NEEDS_DX: tl.constexpr, NEEDS_DWEIGHT: tl.constexpr, NEEDS_DBIAS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of BLOCK_M rows at a time; program p of P takes the blocks of rows p, p + P, p + 2 P, ...
+
+    BLOCK_N columns are whole rows, unless their means come in `means`.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = col < N
+    weight = tl.load(weight_ptr + col, col_mask, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(program * BLOCK_M, M, programs * BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        row_mask = row < M
+        mask = row_mask[:, None] & col_mask[None, :]
+        row = row.to(tl.int64)
+        dy = tl.load(dy_ptr + row[:, None] * stride_dym + col[None, :], mask, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + row[:, None] * stride_sm + col[None, :], mask, other=0.0)
+        # Where the mask is off, dy is 0, and so is all that is added up below.
+        h = s.to(tl.float32)
+        if CENTER:
+            h -= tl.load(mean_ptr + row, row_mask, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, row_mask, other=0.0)[:, None]
+        h *= rstd
+        if NEEDS_DX:
+            g = dy * weight
+            if means_ptr is None:
+                mean_gh, mean_g = tl.sum(g * h, 1) / N, tl.sum(g, 1) / N
+            else:
+                mean_gh = tl.load(means_ptr + row, row_mask, other=0.0)
+                mean_g = tl.load(means_ptr + M + row, row_mask, other=0.0)
+            ds = g - h * mean_gh[:, None]
+            if CENTER:
+                ds -= mean_g[:, None]
+            ds *= rstd
+            if dtotal_ptr is not None:
+                dtotal = tl.load(dtotal_ptr + row[:, None] * stride_dtotal_m + col[None, :], mask, other=0.0)
+                ds += dtotal.to(tl.float32)
+            tl.store(ds_ptr + row[:, None] * N + col[None, :], ds.to(ds_ptr.dtype.element_ty), mask)
+        if NEEDS_DWEIGHT:
+            dweight += dy * h
+        if NEEDS_DBIAS:
+            dbias += dy
+    partial = partial_ptr + program.to(tl.int64) * N + col
+    if NEEDS_DWEIGHT:
+        tl.store(partial, tl.sum(dweight, 0), col_mask)
+        partial += programs.to(tl.int64) * N
+    if NEEDS_DBIAS:
+        tl.store(partial, tl.sum(dbias, 0), col_mask)
+
+
+@triton.jit
+def _add_partials_kernel(partial_ptr, out0_ptr, out1_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Each out (N,) = the sum of its own rows of partial (1 or 2, P, N), always in the same order."""
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    partial_ptr += tl.program_id(1).to(tl.int64) * P * N
+    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        row = start + tl.arange(0, BLOCK_P)
+        mask = (row < P)[:, None] & (col < N)[None, :]
+        acc += tl.load(partial_ptr + row[:, None].to(tl.int64) * N + col[None, :], mask, other=0.0)
+    total = tl.sum(acc, 0)
+    if tl.program_id(1) == 0:
+        tl.store(out0_ptr + col, total.to(out0_ptr.dtype.element_ty), col < N)
+    else:
+        tl.store(out1_ptr + col, total.to(out1_ptr.dtype.element_ty), col < N)
+
+
+def norm_forward(x, weight, bias, residual, eps, *, center):
+    """y, s, mean, rstd. Without residual s is empty (it is x); without `center` (RMS norm) mean is."""
+    shape, x = x.shape, rows(x)
+    M, N = x.shape
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(shape if residual is not None else 0, dtype=x.dtype, device=x.device)
+    mean = torch.empty(M if center else 0, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    residual = None if residual is None else rows(residual)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    arrays = (x, residual, weight, bias, y, total, mean, rstd)
+    strides = (x.stride(0), 0 if residual is None else residual.stride(0))
+    tile = norm_forward_tile(N)
+    if tile.BLOCK_N >= N:
+        _norm_forward_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
+            *arrays, M, N, *strides, eps,
+            BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, CENTER=center, num_warps=tile.num_warps,
+        )  # fmt: skip
+    else:
+        _norm_forward_wide_kernel[(M,)](
+            *arrays, N, *strides, eps, BLOCK_N=tile.BLOCK_N, CENTER=center, num_warps=tile.num_warps
+        )
+    return y, total, mean, rstd
+
+
+def norm_backward(dy, dtotal, s, weight, mean, rstd, *, center, needs_dx, needs_dweight, needs_dbias):
+    """ds of s's dtype, dweight and dbias of weight's; what is not needed comes back empty.
+
+    dtotal, the gradient of the returned sum, is added to ds; None: there is none.
+    """
+    shape, dy, s = s.shape, rows(dy), rows(s)
+    M, N = s.shape
+    dtotal = None if dtotal is None else rows(dtotal)
+    ds = torch.empty(shape if needs_dx else 0, dtype=s.dtype, device=s.device)
+    dweight = torch.empty(N if needs_dweight else 0, dtype=weight.dtype, device=s.device)
+    dbias = torch.empty(N if needs_dbias else 0, dtype=weight.dtype, device=s.device)
+
+    tile = norm_backward_tile(N)
+    programs = min(triton.cdiv(M, tile.BLOCK_M), gpu().multiprocessors * tile.per_multiprocessor)
+    sums = needs_dweight + needs_dbias
+    partial = torch.empty((sums, programs, N), dtype=torch.float32, device=s.device)
+    weight, means = weight.contiguous(), None
+    if tile.BLOCK_N < N and needs_dx:
+        means = torch.empty((2, M), dtype=torch.float32, device=s.device)
+        _norm_backward_means_kernel[(M,)](
+            dy, s, weight, mean, rstd, means, M, N, dy.stride(0), s.stride(0),
+            BLOCK_N=tile.BLOCK_N, CENTER=center, num_warps=tile.num_warps,
+        )  # fmt: skip
+    _norm_backward_kernel[(programs, triton.cdiv(N, tile.BLOCK_N))](
+        dy, dtotal, s, weight, mean, rstd, means, ds, partial,
+        M, N, dy.stride(0), 0 if dtotal is None else dtotal.stride(0), s.stride(0),
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, CENTER=center,
+        NEEDS_DX=needs_dx, NEEDS_DWEIGHT=needs_dweight, NEEDS_DBIAS=needs_dbias,
+        num_warps=tile.num_warps,
+    )  # fmt: skip
+    if sums:
+        outs = [out for out, needed in ((dweight, needs_dweight), (dbias, needs_dbias)) if needed]
+        _add_partials_kernel[(triton.cdiv(N, 32), sums)](
+            partial, outs[0], outs[-1], programs, N, BLOCK_P=64, BLOCK_N=32
+        )
+    return ds, dweight, dbias

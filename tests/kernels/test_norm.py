@@ -1,0 +1,167 @@
+"""Layer norm and RMS norm: every path by width, every dtype, against float64."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DEVICE, HALF, KINDS, LAYOUTS, SINGLE, check_gradients, ids
+from truth import check
+
+import gpukernels
+from gpukernels.kernels import tiles
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=ids)
+names = pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+
+# Rows of a program: 16 up to 128 columns, 2 at 768, 1 above 1024; wider than registers: 16384 forward, 8192 back.
+SHAPES = [(1, 1), (7,), (15, 3), (16, 16), (17, 33), (2, 3, 128), (5, 129), (3, 768), (2, 1025), (0, 5), (2, 0, 5)]
+WIDE = [(2, 8192), (3, 8193), (2, 16385)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def arrays(name, kind, shape, *, residual=True, bias=True):
+    given = kind.draws(x=shape, weight=shape[-1:], bias=shape[-1:], residual=shape)
+    left_out = {*(() if residual else ("residual",)), *(() if bias and name == "layer_norm" else ("bias",))}
+    return {key: value for key, value in given.items() if key not in left_out}
+
+
+def magnitudes(center, eps):
+    def of(x, weight, douts, bias=None, residual=None):
+        s = x if residual is None else x + residual
+        size = abs(x) if residual is None else abs(x) + abs(residual)
+        width = x.shape[-1]
+
+        def mean(values):
+            return values.sum(-1, keepdims=True) / width
+
+        deviation = s - mean(s) if center else s
+        rstd = 1 / np.sqrt(mean(deviation**2) + eps)
+        h = abs(deviation) * rstd
+        # An error of one element moves the numerator by itself and the spread by as much at most.
+        largest = np.max(size, -1, keepdims=True, initial=0)
+        h_size = h + largest * rstd * (1 + h)
+        g = abs(douts[0] * weight)
+        ds = rstd * (g + mean(g) + h_size * mean(g * h) + h * mean(g * h_size))
+        # rstd's own error, relative to it: that of h.
+        ds *= 1 + largest * rstd
+        if residual is not None:
+            ds = ds + abs(douts[1])
+        every_row = tuple(range(x.ndim - 1))
+        rows = int(np.prod(x.shape[:-1]))
+        return {
+            "x": (ds, width),
+            "residual": (ds, width),
+            "weight": ((abs(douts[0]) * h_size).sum(every_row), width + rows),
+            "bias": (abs(douts[0]).sum(every_row), rows),
+        }
+
+    return of
+
+
+@names
+@kinds
+@shapes
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_forward(name, kind, shape, residual):
+    for eps in (1e-5, 0.3):
+        check(name, arrays(name, kind, shape, residual=residual), eps=eps)
+    check(name, arrays(name, kind, shape, residual=residual, bias=False))
+
+
+@names
+@kinds
+@shapes
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_backward(name, kind, shape, residual):
+    given = arrays(name, kind, shape, residual=residual)
+    for eps in (1e-5, 0.3):
+        check_gradients(name, given, magnitudes(name == "layer_norm", eps), eps=eps)
+
+
+@names
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_rows_wider_than_registers(name, shape):
+    for given in (arrays(name, HALF, shape), arrays(name, SINGLE, shape, residual=False)):
+        check(name, given, eps=1e-5)
+        check_gradients(name, given, magnitudes(name == "layer_norm", 1e-5), eps=1e-5)
+
+
+@names
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(name, layout):
+    given = arrays(name, HALF, (6, 5, 40))
+    laid_out = {key: LAYOUTS[layout](x) if x.ndim > 1 else x for key, x in given.items()}
+    check(name, laid_out)
+    check_gradients(name, laid_out, magnitudes(name == "layer_norm", 1e-5), layout=layout, eps=1e-5)
+
+
+@names
+def test_more_rows_than_programs_of_the_backward_pass(name):
+    # Three multiprocessors under the interpreter, with 8 programs of 16 rows each.
+    rows = 16 * 8 * 3 * 2 + 5
+    given = arrays(name, SINGLE, (rows, 5))
+    check_gradients(name, given, magnitudes(name == "layer_norm", 1e-5), eps=1e-5)
+
+
+@names
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_only_the_gradients_that_are_asked_for(name, frozen):
+    given = arrays(name, SINGLE, (5, 40), residual=False)
+    leaves = {key: x.clone().requires_grad_(key != frozen) for key, x in given.items()}
+    y = getattr(gpukernels, name)(**leaves)
+    y.backward(torch.ones_like(y))
+    all_leaves = {key: x.clone().requires_grad_() for key, x in given.items()}
+    every = getattr(gpukernels, name)(**all_leaves)
+    every.backward(torch.ones_like(every))
+    for key, x in leaves.items():
+        assert x.grad is None if key == frozen else torch.equal(x.grad, all_leaves[key].grad)
+
+
+def test_a_result_nobody_used_has_no_gradient():
+    for used in (0, 1):
+        given = {key: x.requires_grad_() for key, x in arrays("layer_norm", SINGLE, (5, 40)).items()}
+        result = gpukernels.layer_norm(**given)[used]
+        gradients = torch.autograd.grad(result.sum(), [given["x"], given["residual"]])
+        assert torch.equal(*gradients)
+        if used:
+            assert torch.equal(gradients[0], torch.ones_like(gradients[0]))
+
+
+@names
+def test_the_same_bits_every_time_and_whatever_the_neighbours(name):
+    given = {key: x.requires_grad_() for key, x in arrays(name, HALF, (37, 768)).items()}
+    runs = []
+    for _ in range(2):
+        y, s = getattr(gpukernels, name)(**given)
+        runs.append([y, s, *torch.autograd.grad((y, s), list(given.values()), (torch.ones_like(y), y.detach()))])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+    alone, _ = getattr(gpukernels, name)(**given | {"x": given["x"][5:6], "residual": given["residual"][5:6]})
+    assert torch.equal(alone[0], runs[0][0][5])
+
+
+def test_a_large_mean_and_large_values_lose_nothing():
+    x = SINGLE.draw(4, 96) + 1000
+    check("layer_norm", {"x": x, "weight": SINGLE.draw(96)})
+    check("layer_norm", {"x": 6e4 * HALF.draw(4, 96).sign(), "weight": HALF.draw(96), "bias": HALF.draw(96)})
+    wide = torch.full((1, 16400), 1000.0, device=DEVICE) + SINGLE.draw(1, 16400)
+    check("layer_norm", {"x": wide, "weight": SINGLE.draw(16400)})
+
+
+def test_a_weight_of_another_dtype_is_widened():
+    for x, weight in ((SINGLE, HALF), (HALF, SINGLE)):
+        given = x.draws(x=(3, 40), residual=(3, 40)) | weight.draws(weight=(40,), bias=(40,))
+        check("layer_norm", given, result_dtype=x.dtype)
+        check_gradients("layer_norm", given, magnitudes(True, 1e-5), eps=1e-5)
+
+
+FORWARD = [(tiles.norm_forward_tile, width) for width in tiles._NORM_FORWARD]
+BACKWARD = [(tiles.norm_backward_tile, width) for width in tiles._NORM_BACKWARD]
+
+
+@pytest.mark.parametrize(("tile", "width"), FORWARD + BACKWARD)
+def test_at_each_step_of_the_tile_tables(tile, width):
+    assert tile(width)[1] == width
+    assert tile(width + 1)[1] > width or tile(width + 1) == tile(10**6)
+    for columns in (width - 1, width):
+        given = arrays("layer_norm", SINGLE, (2, columns))
+        check("layer_norm", given)
+        check_gradients("layer_norm", given, magnitudes(True, 1e-5), eps=1e-5)
