@@ -30,9 +30,22 @@ def norm_calls(kind):
         yield f"{name}_backward", (dy, None, s, weight, mean, rstd, 1e-5, [False, True, False])
 
 
+def attention_calls(kind):
+    q, k, v = leaf(kind, 2, 5, 4, 16), leaf(kind, 2, 7, 2, 16), leaf(kind, 2, 7, 2, 16)
+    lengths, documents = kind.ints([7, 3]), kind.ints([[0, 0, 1, 1, 1, 1, 2], [4] * 7])
+    yield "document_bounds", (documents,)
+    bounds = torch.ops.gpukernels.document_bounds(documents)
+    for options in ((None, None, 0.25, True, 0), (lengths, bounds, 0.25, True, 3), (lengths, None, 0.25, False, 0)):
+        yield "attention", (q, k, v, *options)
+        detached = [x.detach() for x in (q, k, v)]
+        out, lse = torch.ops.gpukernels.attention(*detached, *options)
+        for dlse, needs in ((None, [True] * 3), (lse.nan_to_num(neginf=0.0), [False, True, False])):
+            yield "attention_backward", (out.clone(), dlse, *detached, out, lse, *options, needs)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind)]
+    return [*norm_calls(kind), *attention_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -54,8 +67,16 @@ def norms(x, weight, bias):
     return library.rms_norm(y + s, weight)
 
 
+def attend(q, k, v):
+    out, lse = library.attention(q, k, v, window=4, return_lse=True)
+    return out * lse.mT[..., None]
+
+
 # By name: a function of leaves, and their shapes.
-FUNCTIONS = {"norms": (norms, [(4, 6, 20), (20,), (20,)])}
+FUNCTIONS = {
+    "norms": (norms, [(4, 6, 20), (20,), (20,)]),
+    "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
