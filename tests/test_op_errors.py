@@ -251,7 +251,7 @@ def test_a_missing_array_is_refused_by_name(library):
 @pytest.mark.usefixtures("computing_nothing")
 def test_arrays_of_different_kinds_or_devices_are_refused():
     (array, _), (tensor, _) = makers("numpy"), makers("torch")
-    one_kind = "the arrays must be all numpy.ndarray or all torch.Tensor, got"
+    one_kind = "the arrays must be all numpy.ndarray, all torch.Tensor or all of CuPy, got"
     with pytest.raises(TypeError) as caught:
         linear(array(3), tensor(2, 3), array(2))
     assert str(caught.value) == f"linear: {one_kind} x numpy.ndarray, weight torch.Tensor, bias numpy.ndarray"
