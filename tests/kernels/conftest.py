@@ -35,11 +35,11 @@ if INTERPRETING:
         "int64": np.int64(2**60),
     }
 
-    def _masked_load_or_poison(self, pointers, mask, other, *rest):
+    def _masked_load_or_poison(self, pointers, mask, other, *rest, **options):
         element = pointers.dtype.element_ty
         if other is None and element.name in _POISON:
             other = TensorHandle(np.full(mask.data.shape, _POISON[element.name]), element)
-        return _masked_load(self, pointers, mask, other, *rest)
+        return _masked_load(self, pointers, mask, other, *rest, **options)
 
     InterpreterBuilder.create_masked_load = _masked_load_or_poison
 
