@@ -175,12 +175,14 @@ def long_product(a, b, *, out_dtype=None, out=None, accumulate=False):
     # float32 rows of N are all that the partial sums ask of descriptors.
     tile = descriptor_tile(N, 4) if _suit_descriptors(a, b) and N % 4 == 0 else pointer_tile(_dot_dtype(a, b))
     tiles_m, steps = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(K, tile.BLOCK_K)
-    parts = splits(tiles_m * triton.cdiv(N, tile.BLOCK_N), steps, gpu()) if out.is_contiguous() else 1
-    if parts == 1:
+    parts = splits(tiles_m * triton.cdiv(N, tile.BLOCK_N), steps, gpu())
+    split_k = triton.cdiv(steps, parts) * tile.BLOCK_K
+    if split_k >= K or not out.is_contiguous():
         return product(a, b, residual=out if accumulate else None, out=out)[0]
-    partial = torch.empty((parts, tiles_m * tile.BLOCK_M, N), dtype=torch.float32, device=a.device)
-    _launch(a, b, None, None, None, None, partial, triton.cdiv(steps, parts) * tile.BLOCK_K)
-    add_partials(partial.view(1, parts, -1), out, accumulate=accumulate)
+    # Part by part, and in each as many rows as its tiles have: none writes into the next one's.
+    partial = torch.empty((triton.cdiv(K, split_k), tiles_m * tile.BLOCK_M, N), dtype=torch.float32, device=a.device)
+    _launch(a, b, None, None, None, None, partial, split_k)
+    add_partials(partial.view(1, len(partial), -1), out, accumulate=accumulate)
     return out
 
 

@@ -63,5 +63,4 @@ def splits(tiles: int, steps: int, gpu: Gpu) -> int:
     def time(parts: int) -> int:
         return triton.cdiv(tiles * parts, gpu.multiprocessors) * (triton.cdiv(steps, parts) + 8 * (parts > 1))
 
-    parts = min(range(1, 33), key=time)
-    return triton.cdiv(steps, triton.cdiv(steps, parts)) if steps else 1
+    return min(range(1, 33), key=time)

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, DOT_KINDS, HALF, LAYOUTS, SINGLE, check_gradients, ids
+from kernel_cases import DEVICE, DOT_KINDS, HALF, LAYOUTS, SINGLE, check_gradients
 from truth import ACTIVATIONS, STEEPEST, bound, check, host, true_matmul
 
 import gpukernels
-from gpukernels import library
-from gpukernels.kernels import matmul, matmul_backward, matmul_tiles
+from gpukernels.kernels import matmul, matmul_tiles
 from gpukernels.kernels.device import INTERPRETING, Gpu, gpu
+from gpukernels.kernels.matmul import _descriptor as descriptor
+from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.matmul_tiles import ProductTile
 
-kinds = pytest.mark.parametrize("kind", DOT_KINDS, ids=ids)
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -41,12 +41,15 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(matmul, "GROUP_M", 2)
 
 
+# float32 has no kernel with descriptors.
+PAIRS = [(kernel, kind) for kernel in KERNELS for kind in DOT_KINDS if kernel == "pointers" or kind is not SINGLE]
+pairs = pytest.mark.parametrize(("kernel", "kind"), PAIRS, indirect=["kernel"], ids=lambda of: getattr(of, "dtype", of))
 small = pytest.mark.usefixtures("small_tiles")
 
 # (M, N, K). 16-byte rows are 8 columns of float16: below, at and above the tiles, with descriptors and without.
 SHAPES = [
-    *[(1, 1, 1), (1, 8, 8), (7, 5, 3), (31, 33, 15), (32, 32, 16), (33, 31, 17), (2, 97, 65)],
-    *[(31, 24, 24), (33, 40, 8), (97, 72, 40), (5, 136, 48)],
+    *[(1, 1, 1), (7, 5, 3), (31, 33, 15), (32, 32, 16), (33, 31, 17), (2, 65, 37)],
+    *[(31, 24, 24), (33, 40, 8), (65, 72, 40), (5, 136, 48)],
     *[(0, 8, 8), (8, 0, 8), (8, 8, 0)],
 ]
 shapes = pytest.mark.parametrize(("M", "N", "K"), SHAPES)
@@ -79,7 +82,7 @@ def matmul_magnitudes(a, b, douts):
 
 @small
 @shapes
-@kinds
+@pairs
 def test_linear(kernel, kind, M, N, K):
     for left_out in ((), ("bias",), ("residual",), ("bias", "residual")):
         check("linear", arrays(kind, M, N, K, *left_out), activation="gelu_new")
@@ -88,7 +91,7 @@ def test_linear(kernel, kind, M, N, K):
 
 @small
 @shapes
-@kinds
+@pairs
 def test_the_gradients_of_linear(kernel, kind, M, N, K):
     check_gradients("linear", arrays(kind, M, N, K), magnitudes, activation="gelu_new")
     check_gradients("linear", arrays(kind, M, N, K, "bias"), magnitudes)
@@ -97,14 +100,14 @@ def test_the_gradients_of_linear(kernel, kind, M, N, K):
 
 @small
 @activations
-@kinds
+@pairs
 def test_every_activation(kernel, kind, activation):
     for M, N, K in ((33, 40, 24), (17, 19, 5)):
         check("linear", arrays(kind, M, N, K), activation=activation)
         check_gradients("linear", arrays(kind, M, N, K), magnitudes, activation=activation)
 
 
-@pytest.mark.parametrize(("M", "N", "K"), [(127, 120, 72), (128, 128, 64), (136, 264, 56), (257, 1032, 136)])
+@pytest.mark.parametrize(("M", "N", "K"), [(127, 120, 72), (128, 128, 64), (136, 264, 56), (129, 1032, 72)])
 def test_the_real_tiles(kernel, M, N, K):
     for kind in (HALF, SINGLE) if N < 1000 else (HALF,):
         check("linear", arrays(kind, M, N, K), activation="gelu")
@@ -139,26 +142,32 @@ def test_operands_without_neighbouring_elements(kernel, way):
     assert (error <= bound("float16", 33, abs(host(given["x"])).sum(0))).all()
 
 
-BATCHES = [((3, 5), (5, 7)), ((2, 3, 33, 24), (24, 40)), ((2, 3, 33, 24), (2, 3, 24, 40)), ((1, 1, 1), (1, 1, 1))]
+BATCHES = [((3, 5), (5, 7)), ((2, 1, 33, 24), (24, 40)), ((2, 1, 33, 24), (2, 1, 24, 40)), ((1, 1, 1), (1, 1, 1))]
 BATCHES += [((0, 3, 4), (0, 4, 5)), ((2, 0, 4), (4, 8)), ((2, 3, 0), (2, 0, 5))]
 
 
 @small
-@kinds
-@layouts
+@pairs
 @pytest.mark.parametrize(("a", "b"), BATCHES)
-def test_matmul(kernel, kind, layout, a, b):
-    given = {name: LAYOUTS[layout](array) for name, array in kind.draws(a=a, b=b).items()}
-    check("matmul", given)
-    check_gradients("matmul", given, matmul_magnitudes, layout=layout)
+def test_matmul(kernel, kind, a, b):
+    check("matmul", kind.draws(a=a, b=b))
+    check_gradients("matmul", kind.draws(a=a, b=b), matmul_magnitudes)
+
+
+@small
+@layouts
+def test_matmul_takes_any_strides(kernel, layout):
+    for a, b in (((2, 17, 24), (24, 40)), ((2, 17, 24), (2, 24, 8))):
+        given = {name: LAYOUTS[layout](array) for name, array in HALF.draws(a=a, b=b).items()}
+        check("matmul", given)
+        check_gradients("matmul", given, matmul_magnitudes, layout=layout)
 
 
 @small
 def test_every_pair_of_storage_orders(kernel):
     for a, b in ((True, True), (True, False), (False, True), (False, False)):
-        given = HALF.draws(a=(40, 24), b=(24, 72))
-        check("matmul", {"a": given["a"] if a else given["a"].T.contiguous().T, "b": given["b"]} if b else given)
-        given = {name: x if rows else x.T.contiguous().T for (name, x), rows in zip(given.items(), (a, b), strict=True)}
+        given = {"a": HALF.draw(40, 24) if a else HALF.draw(24, 40).T}
+        given["b"] = HALF.draw(24, 72, seed=1) if b else HALF.draw(72, 24, seed=1).T
         check("matmul", given)
         check_gradients("matmul", given, matmul_magnitudes)
 
@@ -186,15 +195,15 @@ def test_large_values_in_float16(kernel):
 
 
 @small
-@kinds
+@pairs
 def test_the_same_bits_every_time_and_whatever_the_neighbours(kernel, kind):
-    given = {name: array.requires_grad_() for name, array in arrays(kind, 97, 72, 64).items()}
+    given = {name: array.requires_grad_() for name, array in arrays(kind, 65, 40, 32).items()}
     runs = []
     for _ in range(2):
         y = gpukernels.linear(**given, activation="gelu")
         runs.append([y, *torch.autograd.grad(y, list(given.values()), y.detach())])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
-    for rows in (slice(5, 6), slice(40, 97)):
+    for rows in (slice(5, 6), slice(40, 65)):
         alone = given | {name: given[name].detach()[rows].requires_grad_() for name in ("x", "residual")}
         y = gpukernels.linear(**alone, activation="gelu")
         assert torch.equal(y, runs[0][0][rows])
@@ -216,20 +225,116 @@ def test_only_the_gradients_that_are_asked_for(kernel, activation, frozen):
         assert array.grad is None if name in frozen else torch.equal(array.grad, every[name].grad)
 
 
-def test_z_is_saved_only_where_a_gradient_will_need_it(kernel, monkeypatch):
-    saved, op = [], library.matmul._linear
-    monkeypatch.setattr(library.matmul, "_linear", lambda *args: saved.append(args[-1]) or op(*args))
+def test_z_is_saved_only_where_a_gradient_will_need_it(monkeypatch):
+    saved, forward = [], product.__globals__["_launch"]
+    monkeypatch.setattr(matmul, "_launch", lambda *args: saved.append(args[5] is not None) or forward(*args))
     given = arrays(SINGLE, 3, 4, 5)
+    wanted = {name: array.clone().requires_grad_() for name, array in given.items()}
     gpukernels.linear(**given, activation="gelu")
-    wanted = {name: array.requires_grad_() for name, array in given.items()}
     gpukernels.linear(**wanted, activation="gelu")
     gpukernels.linear(**wanted)
+    gpukernels.linear(**given | {"residual": wanted["residual"]}, activation="gelu")
     with torch.no_grad():
         gpukernels.linear(**wanted, activation="gelu")
-    gpukernels.linear(**{name: array.detach() for name, array in given.items()} | {"residual": given["residual"]})
     assert saved == [False, True, False, False, False]
-    y, _ = op(*wanted.values(), "gelu", None, False) if False else op(
-        wanted["x"], wanted["weight"], wanted["bias"], "gelu", wanted["residual"], False
-    )
+
+
+def test_a_gradient_without_the_z_it_needs_is_refused():
+    op = torch.ops.gpukernels.linear
+    x, weight = SINGLE.draw(3, 5).requires_grad_(), SINGLE.draw(4, 5)
     with pytest.raises(RuntimeError, match="an activation's gradient needs save_z=True"):
-        y.sum().backward()
+        op(x, weight, None, "gelu", None, False)[0].sum().backward()
+
+
+def long_product_is_right(a, b, *, dtype, **options):
+    truth = true_matmul(host(a), host(b))
+    value, magnitude = truth.value, truth.magnitude
+    if options.get("accumulate"):
+        before = host(options["out"])
+        value, magnitude = value + before, magnitude + abs(before)
+    found = long_product(a, b, **options)
+    assert str(found.dtype) == f"torch.{dtype}"
+    error = abs(host(found) - value)
+    assert (error <= bound(dtype, truth.length, magnitude)).all()
+    return found
+
+
+@small
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_a_split_sum(kernel, parts, monkeypatch):
+    """Parts of whole blocks of K, whose last one may be short, or end inside a block; columns of 16 bytes and not."""
+    monkeypatch.setattr(matmul, "splits", lambda tiles, steps, gpu: parts)
+    for (M, N, K), kind in (((33, 40, 112), HALF), ((33, 7, 116), HALF), ((5, 24, 113), SINGLE)):
+        a, b = kind.draw(K, M).T, kind.draw(K, N, seed=1)
+        long_product_is_right(a, b, dtype=kind.dtype)
+        found = long_product_is_right(a, b, dtype="float32", out_dtype=torch.float32)
+        assert torch.equal(found, long_product(a, b, out_dtype=torch.float32))
+        for out in (SINGLE.draw(M, N, seed=2), kind.draw(M, 2 * N, seed=2)[:, :N]):
+            dtype = str(out.dtype).removeprefix("torch.")
+            assert long_product_is_right(a, b, dtype=dtype, out=out, accumulate=True) is out
+            assert long_product_is_right(a, b, dtype=dtype, out=out) is out
+
+
+def test_gpt2s_gradients_are_split_to_fill_an_h100():
+    h100 = Gpu(90, 132)
+    assert all(matmul_tiles.splits(tiles, 128, h100) == 1 for tiles in (0, 132, 2358))
+    assert matmul_tiles.splits(36, 0, h100) == 1
+    assert [matmul_tiles.splits(36, rows // 64, h100) for rows in (512, 8192, 65536)] == [1, 3, 11]
+
+
+@small
+def test_a_product_is_added_to_a_float32_total(kernel):
+    a, b = HALF.draw(33, 24), HALF.draw(24, 40)
+    total = SINGLE.draw(33, 40)
+    truth, before = true_matmul(host(a), host(b)), host(total)
+    out, z = product(a, b, residual=total, out=total)
+    assert out is total
+    assert z is None
+    error = abs(host(total) - before - truth.value)
+    assert (error <= bound("float32", truth.length, truth.magnitude + abs(before))).all()
+
+
+def test_descriptors_are_for_rows_of_16_bytes_on_gpus_that_have_them(monkeypatch):
+    used = []
+    monkeypatch.setattr(matmul, "_descriptor", lambda *args: used.append(True) or descriptor(*args))
+    if not INTERPRETING:
+        pytest.skip("the GPU is what it is")
+
+    def uses(a, b, capability=90, **options):
+        used.clear()
+        monkeypatch.setattr(matmul, "gpu", lambda: Gpu(capability, 3))
+        product(a, b, **options)
+        return bool(used)
+
+    a, b, wide = HALF.draw(8, 16), HALF.draw(16, 24), HALF.draw(8, 32)
+    assert uses(a, b)
+    assert uses(a, b, 100)
+    assert uses(wide[:, 8:24], HALF.draw(24, 16).T, residual=HALF.draw(8, 24))
+    assert not uses(a, b, 80)
+    assert not uses(a, b, 120)  # 99 KiB of shared memory
+    assert not uses(a.float(), b.float())
+    assert not uses(a.float(), b)
+    assert not uses(a[None], b[None])
+    assert not uses(wide[:, 1:17], b)
+    assert not uses(HALF.draw(8, 17)[:, :16], b)
+    assert not uses(wide.as_strided((8, 16), (8, 1)), b)  # rows that overlap
+    assert not uses(a, HALF.draw(16, 20))
+    assert not uses(a, b, residual=HALF.draw(8, 25)[:, 1:])
+    assert not uses(a, b, out=HALF.draw(8, 25)[:, :24])
+    assert not uses(a[:, :0], b[:0])
+
+
+def test_offsets_past_32_bits(kernel):
+    """Rows and columns 2**30 elements apart, in memory that is reserved and not used."""
+
+    def far(x):
+        return torch.empty_strided(x.shape, (2**30 + 8, 1), dtype=x.dtype, device=x.device).copy_(x)
+
+    given = HALF.draws(x=(4, 8), weight=(4, 8), residual=(4, 8))
+    weight = far(HALF.draw(8, 4)).T
+    check("linear", {"x": far(given["x"]), "weight": weight[:, :8], "residual": given["residual"][:, :4]})
+    check("linear", {"x": given["x"], "weight": far(given["weight"]), "residual": far(given["residual"])[:, :4]})
+    out = far(given["x"])[:, :4]
+    product(given["x"], given["weight"].T, out=out)
+    truth = true_matmul(host(given["x"]), host(given["weight"]).T)
+    assert (abs(host(out) - truth.value) <= bound("float16", 8, truth.magnitude)).all()
