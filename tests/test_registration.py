@@ -43,9 +43,22 @@ def attention_calls(kind):
             yield "attention_backward", (out.clone(), dlse, *detached, out, lse, *options, needs)
 
 
+def product_calls(kind):
+    x, weight, bias, residual = leaf(kind, 3, 4, 20), leaf(kind, 8, 20), leaf(kind, 8), leaf(kind, 3, 4, 8)
+    yield "linear", (x, weight, bias, "gelu", residual, True)
+    yield "linear", (x, weight, None, None, None, False)
+    dy, x, weight, bias = (each.detach() for each in (residual, x, weight, bias))
+    yield "linear_backward", (dy, 2 * dy, x, weight, bias, "gelu", [True] * 3)
+    yield "linear_backward", (dy, dy.new_empty(0), x, weight, None, None, [True, False, False])
+    yield "matmul", (leaf(kind, 3, 4, 20), leaf(kind, 3, 20, 8), False)
+    yield "matmul", (leaf(kind, 3, 4, 20), leaf(kind, 20, 8), False)
+    yield "matmul", (leaf(kind, 4, 20), leaf(kind, 20, 8), True)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind), *attention_calls(kind)]
+    families = (norm_calls, attention_calls, product_calls)
+    return [call for family in families for call in family(kind)]
 
 
 def test_every_op_is_here():
@@ -72,10 +85,16 @@ def attend(q, k, v):
     return out * lse.mT[..., None]
 
 
+def block(x, norm_weight, up, down, bias):
+    y = library.norm_linear(x, norm_weight, None, up, bias, activation="gelu_new")
+    return library.matmul(library.linear(y, down, residual=x), down)
+
+
 # By name: a function of leaves, and their shapes.
 FUNCTIONS = {
     "norms": (norms, [(4, 6, 20), (20,), (20,)]),
     "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
+    "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
 }
 
 

@@ -6,6 +6,7 @@ interprets them (TRITON_INTERPRET=1).
 """
 
 from gpukernels.library.attention import attention
+from gpukernels.library.matmul import linear, matmul, norm_linear
 from gpukernels.library.norm import layer_norm, rms_norm
 
-__all__ = ["attention", "layer_norm", "rms_norm"]
+__all__ = ["attention", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
