@@ -46,28 +46,26 @@ class FewRowsTile(NamedTuple):
     fused: bool  # a norm is in the prologue
 
 
-# Bytes of one row's K that a program of so many warps holds, without a norm and with one. From the compile
-# report (no spills on sm_80 to sm_100), not yet measured. The probes on an H100, 2026-11-22, had 8 warps for
-# everything but the unembedding, and 16 rows of the weight where those made as many programs as there are
-# multiprocessors: QKV and up, but 8 rows for the projection.
-_HELD = {8: 6656, 16: 8192}
-_HELD_WITH_NORM = {8: 2048, 16: 4096}
-# More programs than this on a multiprocessor: a launch of its own is cheaper than the norm in each.
+# Bytes of one row of the weight that so many warps hold: at most as many registers as leave the compiler some
+# (no spills on sm_80 to sm_100), not yet measured. 16 rows of the weight where that makes a program for each
+# multiprocessor, as for QKV and up, and 8 for the projection: so did the probes on an H100, 2026-11-22.
+_HELD = {8: 3328, 16: 8192}
+# A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
+# multiprocessor: with more of them, a launch of its own is cheaper.
 _NORMS = 4
 
 
 def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
+    """The tile for a weight (N, K) beside an x of elements of `itemsize` bytes."""
     multiprocessors = gpu().multiprocessors
-    BLOCK_N = 16 if N >= 16 * multiprocessors and K * itemsize <= _HELD_WITH_NORM[16] else 8
-    tiles = triton.cdiv(N, BLOCK_N)
-    fused = norm and tiles <= _NORMS * multiprocessors and K * itemsize <= _HELD_WITH_NORM[16]
-    held = _HELD_WITH_NORM if fused else _HELD
-    if K * itemsize <= held[8]:
-        return FewRowsTile(BLOCK_N, 8, 1, fused)
-    splits = triton.cdiv(K * itemsize, held[16])
+    BLOCK_N = 16 if N >= 16 * multiprocessors else 8
+    tiles, held = triton.cdiv(N, BLOCK_N), K * itemsize
+    if held <= _HELD[8]:
+        return FewRowsTile(BLOCK_N, 8, 1, norm and tiles <= _NORMS * multiprocessors)
+    splits = triton.cdiv(held, _HELD[16])
     if splits > 1:  # then more of them are no further launch: as many as run at once
-        splits = max(splits, min(multiprocessors // tiles, K * itemsize // held[8]))
-    return FewRowsTile(BLOCK_N, 16, splits, fused)
+        splits = max(splits, min(multiprocessors // tiles, held // _HELD[8]))
+    return FewRowsTile(BLOCK_N, 16, splits, False)
 
 
 @triton.jit
@@ -249,7 +247,8 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None,
         num_warps=tile.num_warps, num_stages=1, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     if split:
-        _few_rows_finish_kernel[(triton.cdiv(N, 512), M)](
-            partial, *after, M, N, stride_residual_m, BLOCK_N=512, SPLITS=tile.SPLITS, ACTIVATION=activation
-        )
+        _few_rows_finish_kernel[(triton.cdiv(N, 128), M)](
+            partial, *after, M, N, stride_residual_m,
+            BLOCK_N=128, SPLITS=tile.SPLITS, ACTIVATION=activation, num_warps=1,
+        )  # fmt: skip
     return y
