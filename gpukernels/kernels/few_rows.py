@@ -42,6 +42,7 @@ from gpukernels.kernels.norm import norm_forward
 class FewRowsTile(NamedTuple):
     BLOCK_N: int  # rows of the weight in a program: 8, or 16, a whole tensor-core instruction
     num_warps: int
+    num_stages: int  # 3: the next rows of x are on their way to shared memory while these are multiplied
     SPLITS: int  # programs that share one K
     fused: bool  # a norm is in the prologue
 
@@ -60,12 +61,15 @@ def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
     multiprocessors = gpu().multiprocessors
     BLOCK_N = 16 if N >= 16 * multiprocessors else 8
     tiles, held = triton.cdiv(N, BLOCK_N), K * itemsize
+    # Copies to shared memory start together; plain loads would be started one after the other's product. Two
+    # copies of wide rows, or one beside what float32's product keeps there, would be more than an RTX 4090 has.
     if held <= _HELD[8]:
-        return FewRowsTile(BLOCK_N, 8, 1, norm and tiles <= _NORMS * multiprocessors)
+        stages = 3 if itemsize == 2 else 1
+        return FewRowsTile(BLOCK_N, 8, stages, 1, norm and tiles <= _NORMS * multiprocessors)
     splits = triton.cdiv(held, _HELD[16])
     if splits > 1:  # then more of them are no further launch: as many as run at once
         splits = max(splits, min(multiprocessors // tiles, held // _HELD[8]))
-    return FewRowsTile(BLOCK_N, 16, splits, False)
+    return FewRowsTile(BLOCK_N, 16, 2 if itemsize == 2 else 1, splits, False)
 
 
 @triton.jit
@@ -243,8 +247,7 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None,
         K=K, BLOCK_N=tile.BLOCK_N, WARPS=tile.num_warps,
         PIECES=max(1, triton.cdiv(K, tile.SPLITS * tile.num_warps * 32)), SPLITS=tile.SPLITS,
         CENTER=center, ACTIVATION=None if split else activation, DEPENDENT=dependent,
-        # Nothing to pipeline: a program's loads are all under way at once.
-        num_warps=tile.num_warps, num_stages=1, **({"launch_pdl": True} if dependent else {}),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     if split:
         _few_rows_finish_kernel[(triton.cdiv(N, 128), M)](
