@@ -30,9 +30,16 @@ def norm_calls(kind):
         yield f"{name}_backward", (dy, None, s, weight, mean, rstd, 1e-5, [False, True, False])
 
 
+def few_rows_calls(kind):
+    x, weight, bias, residual, norm = (kind.draw(*shape) for shape in [(3, 20), (9, 20), (9,), (3, 9), (20,)])
+    yield "few_rows", (x, weight, None, None, None, 0.0, False, None, None)
+    yield "few_rows", (x, weight, bias, norm, norm, 1e-5, True, "gelu_new", residual)
+    yield "few_rows", (x, weight, bias, norm, None, 1e-6, False, "silu", None)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind)]
+    return [*norm_calls(kind), *few_rows_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -56,6 +63,23 @@ def norms(x, weight, bias):
 
 # By name: a function of leaves, and their shapes.
 FUNCTIONS = {"norms": (norms, [(4, 6, 20), (20,), (20,)])}
+
+
+def few_rows(x, weight, bias, norm_weight):
+    h = library.few_rows(x, weight, bias, norm=(norm_weight, bias, 1e-5, True), activation="gelu", residual=x)
+    return library.few_rows(h + 1, weight)
+
+
+# The same for inference, where there is no gradient.
+INFERENCE = {"few rows": (few_rows, [(3, 20), (20, 20), (20,), (20,)])}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_compiled_whole_for_inference(name):
+    function, shapes = INFERENCE[name]
+    arrays = [SINGLE.draw(*shape) for shape in shapes]
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(*arrays), function(*arrays), rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,6 +5,7 @@ on fake tensors and with autograd; on CPU tensors it runs plain torch, or the ke
 interprets them (TRITON_INTERPRET=1).
 """
 
+from gpukernels.library.few_rows import few_rows
 from gpukernels.library.norm import layer_norm, rms_norm
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["few_rows", "layer_norm", "rms_norm"]
