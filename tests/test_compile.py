@@ -39,7 +39,9 @@ def norms(width, dtype):
 
 def few(M, N, K, *, norm=True, dtype=torch.float16, bias=True, **options):
     """One product of a decode step: after a norm, or with a residual."""
-    x, weight, norm_weight, residual = (meta(*shape, dtype=dtype, grad=False) for shape in ((M, K), (N, K), (K,), (M, N)))
+    x, weight, norm_weight, residual = (
+        meta(*shape, dtype=dtype, grad=False) for shape in ((M, K), (N, K), (K,), (M, N))
+    )
     few_rows(
         x, weight, meta(N, dtype=dtype, grad=False) if bias else None, residual=None if norm else residual,
         norm=(norm_weight, norm_weight if bias else None, 1e-5, bias) if norm else None, **options,
