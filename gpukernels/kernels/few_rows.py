@@ -3,31 +3,32 @@
     h = norm(x)                                        layer norm, RMS norm, or x itself; of x's dtype
     y = activation(h @ weight.T + bias) + residual     in float32, rounded once, when stored
 
-With so few rows the weight is all that costs: N K b bytes for elements of b bytes, read once, and 2 M N K
-flops. On an H100 (3 TB/s, 60 TFLOP/s of float32 arithmetic) multiplying float16 without tensor cores would
-take as long as reading it from about 40 rows on, and would add a reduction over 32 lanes for every row and
-output. Tensor cores take both away, so they do the product for every M: the reduction order of a row is then
-the same in every batch.
+The weight is what costs: N K b bytes for elements of b bytes, read once, and 2 M N K flops. Without tensor
+cores an H100 (3 TB/s, 60 TFLOP/s in float32) would multiply float16 more slowly than it reads it from 20 rows
+on, and would add up 32 lanes for every row and output. So tensor cores do the product for every M, and a row
+is summed in the same order in every batch. (Float32 is multiplied without them, and passes shared memory.)
+Every program reads x, from the L2 cache: N / BLOCK_N M K b bytes, for 64 rows of 768 -> 2304 four times the weight.
 
-A program owns BLOCK_N rows of the weight and holds them in registers, whole; each of its warps has its own
-part of K, and the warps' sums are added in the end. Rows of x pass eight at a time. M is a loop bound and
-nothing else (not a tile, not specialised, not in the grid), so **a row gets the same bits whatever M is and
-whatever its neighbours are**, from 1 to 64 and beyond.
+A program holds BLOCK_N rows of the weight in registers, whole; each of its warps has its own part of K, and the
+warps' sums are added in the end. Rows of x pass eight at a time. M is the bound of that loop and nothing else:
+not in a tile, not specialised, not in the grid. One binary serves every M, so **a row gets the same bits
+whatever M and its neighbours are**. (The norm's sums are made by other lanes where x allows no 16-byte loads.)
 
-A piece of a warp's K is 32 elements, 16 bytes for each lane of four. A tensor-core instruction wants other
-places: two elements here and two 8 further for each lane. But a dot product may take its terms in any order,
-if both sides do: `_operand` renames the places, and no byte is exchanged between lanes or through shared
-memory on the way from the load to the product. The compile tests hold this.
+A piece of a warp's K is 32 elements: 16 bytes for each of four lanes. A tensor-core instruction wants other
+places, for each lane two elements here and two 8 further. But a sum may take its products in any order, if
+both factors do: `_operand` renames the places, and the weight goes from the load to the product without an
+exchange between lanes or through shared memory. The compile tests hold this.
 
 A long K is split between programs where the registers end, and further where N is too small to fill the GPU:
-by N, K, the dtype and the device, never by M. Splits cost a second launch and 8 S M N bytes; partial sums
-are float32 and added in the order of the splits. Norms of rows wider than registers, or that thousands of
-programs would repeat, are a launch of their own. In both cases h is rounded to x's dtype before the product.
+by N, K, the dtype and the device, never by M. That costs a second launch and 8 S M N bytes for S splits, whose
+float32 sums are added in their order. The norm of a row that 8 warps cannot hold beside the weight, or that
+thousands of programs would repeat, is a launch of its own.
 
 DEPENDENT (compute capability 9.0 and up, launched with `launch_pdl`): everything that the kernel before this
 one does not write (weight, bias, norm parameters) is loaded before the wait for it, what it does write after.
 """
 
+# ruff: noqa: RUF005 (Triton has no starred tuples)
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ class FewRowsTile(NamedTuple):
     fused: bool  # a norm is in the prologue
 
 
-# Bytes of one row of the weight that so many warps hold: at most as many registers as leave the compiler some
-# (no spills on sm_80 to sm_100), not yet measured. 16 rows of the weight where that makes a program for each
+# Bytes of one row of the weight that so many warps hold. Chosen from the compile report (spills of 16 bytes at
+# most on sm_80 to sm_100), not yet measured. 16 rows of the weight where that makes a program for each
 # multiprocessor, as for QKV and up, and 8 for the projection: so did the probes on an H100, 2026-11-22.
 _HELD = {8: 3328, 16: 8192}
 # A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
@@ -59,7 +60,7 @@ _NORMS = 4
 def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
     """The tile for a weight (N, K) beside an x of elements of `itemsize` bytes."""
     multiprocessors = gpu().multiprocessors
-    BLOCK_N = 16 if N >= 16 * multiprocessors else 8
+    BLOCK_N = 16 if 16 * multiprocessors <= N else 8
     tiles, held = triton.cdiv(N, BLOCK_N), K * itemsize
     # Copies to shared memory start together; plain loads would be started one after the other's product. Two
     # copies of wide rows, or one beside what float32's product keeps there, would be more than an RTX 4090 has.
@@ -83,11 +84,7 @@ def _operand(tile, WARPS: tl.constexpr, HALVES: tl.constexpr):
 @triton.jit
 def _piece(pointers, k, K: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr):
     """Elements k of K; masked if this is not among the first WHOLE pieces, which never pass the end."""
-    if PIECE < WHOLE:
-        piece = tl.load(pointers)
-    else:
-        piece = tl.load(pointers, k < K, other=0.0)
-    return piece
+    return tl.load(pointers) if PIECE < WHOLE else tl.load(pointers, k < K, other=0.0)
 
 
 # M is in no binary: the code that forms a row is the same whatever M is.
@@ -103,8 +100,9 @@ def _few_rows_kernel(
     WHOLE: tl.constexpr = (K - (SPLITS - 1) * PIECES * STEP) // STEP  # pieces inside K, in the last split too
     HALVES: tl.constexpr = BLOCK_N // 8
     NORM: tl.constexpr = norm_weight_ptr is not None
-    CHAINS: tl.constexpr = 4 if PIECES > 4 else PIECES  # sums that do not wait for each other
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # Sums that do not wait for each other: tensor cores answer late.
+    CHAINS: tl.constexpr = 1 if dtype == tl.float32 else min(4, 1 + PIECES // 3)
     split = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_N
     row = tl.arange(0, 8)
@@ -115,10 +113,11 @@ def _few_rows_kernel(
     # Everything down to the wait is constant while a model runs. Rows past the end are the last one again.
     n = tl.minimum(first + row[:, None, None, None] + half[None, None, :, None], N - 1).to(tl.int64)
     k = warp[None, :, None, None] + element[None, None, None, :]
-    weight_ptr += n * stride_wn + k * stride_wk
+    weight_ptr += n * stride_wn + k.to(tl.int64) * stride_wk
     weights = ()
     for piece in tl.static_range(PIECES):
-        weight = _piece(weight_ptr + piece * STEP * stride_wk, k + piece * STEP, K, piece, WHOLE)
+        weight = _piece(weight_ptr, k + piece * STEP, K, piece, WHOLE)
+        weight_ptr += STEP * stride_wk
         weights = weights + (_operand(weight.to(dtype), WARPS, HALVES),)
     k = warp[None, :, None] + element[None, None, :]
     if NORM:
@@ -183,7 +182,7 @@ def _few_rows_kernel(
                 sums = sums[1:] + (tl.dot(weights[piece], h, sums[0], input_precision="ieee"),)
         acc = sums[0]
         for chain in tl.static_range(1, CHAINS):
-            acc += sums[chain]
+            acc = tl.fma(sums[chain], 1.0, acc)  # a plain sum would be made one chain again
         y = tl.sum(acc, 0)  # over the warps
 
         if bias_ptr is not None:
@@ -230,9 +229,8 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None,
     eps, center = 0.0, False
     if norm is not None:
         norm_weight, norm_bias, eps, center = norm
-        if tile.fused:
-            norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()
-        else:
+        norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()
+        if not tile.fused:
             x = norm_forward(x, norm_weight, norm_bias, None, eps, center=center)[0]
             norm_weight = norm_bias = None
     bias = None if bias is None else bias.contiguous()
