@@ -8,6 +8,7 @@ import torch
 from kernel_cases import DEVICE, HALF, LAYOUTS, SINGLE
 
 from gpukernels import library
+from gpukernels.library.few_rows import few_rows
 from gpukernels.library.registry import LAUNCHERS
 
 RTOL, ATOL = 1e-3, 1e-3  # eager against compiled: the same kernels, in float16 at worst
@@ -55,9 +56,16 @@ def product_calls(kind):
     yield "matmul", (leaf(kind, 4, 20), leaf(kind, 20, 8), True)
 
 
+def few_rows_calls(kind):
+    x, weight, bias, residual, norm = (kind.draw(*shape) for shape in [(3, 20), (9, 20), (9,), (3, 9), (20,)])
+    yield "few_rows", (x, weight, None, None, None, 0.0, False, None, None)
+    yield "few_rows", (x, weight, bias, norm, norm, 1e-5, True, "gelu_new", residual)
+    yield "few_rows", (x, weight, bias, norm, None, 1e-6, False, "silu", None)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    families = (norm_calls, attention_calls, product_calls)
+    families = (norm_calls, attention_calls, product_calls, few_rows_calls)
     return [call for family in families for call in family(kind)]
 
 
@@ -96,6 +104,23 @@ FUNCTIONS = {
     "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
     "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
 }
+
+
+def decode(x, weight, bias, norm_weight):
+    h = few_rows(x, weight, bias, norm=(norm_weight, bias, 1e-5, True), activation="gelu", residual=x)
+    return few_rows(h + 1, weight)
+
+
+# The same for inference, where there is no gradient.
+INFERENCE = {"few rows": (decode, [(3, 20), (20, 20), (20,), (20,)])}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_compiled_whole_for_inference(name):
+    function, shapes = INFERENCE[name]
+    arrays = [SINGLE.draw(*shape) for shape in shapes]
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(*arrays), function(*arrays), rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""`linear`, `norm_linear` and `matmul` as torch ops.
+"""`linear`, `norm_linear` and `matmul` as torch ops. Few rows without a gradient go to `few_rows`.
 
 A forward `linear` returns y and z = x @ weight.T + bias, which the gradient of an activation needs; z is empty
 unless `save_z`.
@@ -11,6 +11,7 @@ import torch
 from gpukernels import torch_ops
 from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.matmul_backward import linear_backward
+from gpukernels.library.few_rows import few_rows
 from gpukernels.library.norm import layer_norm
 from gpukernels.library.registry import define, differentiate, empty
 from gpukernels.torch_ops.pointwise import ACTIVATIONS
@@ -121,13 +122,27 @@ def _differentiated(ctx, dy, _dz):
 differentiate(_linear, _save, _differentiated)
 
 
+#: Up to so many rows reading the weight is what a product costs, and `few_rows` is made for that.
+FEW = 64
+
+
+def _is_few(x, *others) -> bool:
+    """Whether `few_rows` can have this call: it has no gradient."""
+    if x.shape[:-1].numel() > FEW:
+        return False
+    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *others)))
+
+
 def linear(x, weight, bias=None, *, activation=None, residual=None):
+    if _is_few(x, weight, bias, residual):
+        return few_rows(x, weight, bias, activation=activation, residual=residual)
     wanted = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias))
     return _linear(x, weight, bias, activation, residual, wanted and activation is not None)[0]
 
 
 def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
-    # With few rows this is one kernel's work; until there is one, two.
+    if _is_few(x, norm_weight, norm_bias, weight, bias):
+        return few_rows(x, weight, bias, norm=(norm_weight, norm_bias, eps, True), activation=activation)
     return linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
 
 
