@@ -7,6 +7,8 @@ array runs `numpy_ops`, a torch tensor runs `torch_ops`; importing this package 
 from gpukernels.ops import (
     ACTIVATIONS,
     attention,
+    cross_entropy,
+    cross_entropy_with_gradient,
     embedding,
     layer_norm,
     linear,
@@ -18,6 +20,8 @@ from gpukernels.ops import (
 __all__ = [
     "ACTIVATIONS",
     "attention",
+    "cross_entropy",
+    "cross_entropy_with_gradient",
     "embedding",
     "layer_norm",
     "linear",

@@ -30,9 +30,21 @@ def norm_calls(kind):
         yield f"{name}_backward", (dy, None, s, weight, mean, rstd, 1e-5, [False, True, False])
 
 
+def loss_calls(kind):
+    targets = torch.tensor([[3, -100, 0], [69, 7, 7]], device=DEVICE)
+    logits, weights, scale = leaf(kind, 2, 3, 70), SINGLE.draw(2, 3).abs(), SINGLE.draw(1)
+    for given, reduction in ((weights, "mean"), (None, "sum"), (None, "none")):
+        options = (-100, 0.1, 0.01, reduction)
+        yield "cross_entropy", (logits, targets, given, *options)
+        yield "cross_entropy_with_gradient", (logits.detach(), targets, given, *options, scale)
+        op = torch.ops.gpukernels.cross_entropy.default
+        loss, lse, divisor = (each.detach() for each in op(logits, targets, given, *options))
+        yield "cross_entropy_backward", (loss, logits.detach(), targets, given, lse, divisor, *options[:3])
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind)]
+    return [*norm_calls(kind), *loss_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -54,8 +66,16 @@ def norms(x, weight, bias):
     return library.rms_norm(y + s, weight)
 
 
+def losses(logits):
+    targets = torch.arange(12, device=logits.device).view(3, 4)
+    each = library.cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
+    mean = library.cross_entropy(logits, targets, z_loss=0.1)
+    loss, dlogits = library.cross_entropy_with_gradient(logits, targets)
+    return each + mean + loss + dlogits[..., 0]
+
+
 # By name: a function of leaves, and their shapes.
-FUNCTIONS = {"norms": (norms, [(4, 6, 20), (20,), (20,)])}
+FUNCTIONS = {"norms": (norms, [(4, 6, 20), (20,), (20,)]), "losses": (losses, [(3, 4, 70)])}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

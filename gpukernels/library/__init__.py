@@ -5,6 +5,7 @@ on fake tensors and with autograd; on CPU tensors it runs plain torch, or the ke
 interprets them (TRITON_INTERPRET=1).
 """
 
+from gpukernels.library.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.library.norm import layer_norm, rms_norm
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["cross_entropy", "cross_entropy_with_gradient", "layer_norm", "rms_norm"]
