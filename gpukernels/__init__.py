@@ -6,6 +6,7 @@ array runs `numpy_ops`, a torch tensor runs `torch_ops`; importing this package 
 
 from gpukernels.ops import (
     ACTIVATIONS,
+    adamw,
     attention,
     cross_entropy,
     cross_entropy_with_gradient,
@@ -19,6 +20,7 @@ from gpukernels.ops import (
 
 __all__ = [
     "ACTIVATIONS",
+    "adamw",
     "attention",
     "cross_entropy",
     "cross_entropy_with_gradient",

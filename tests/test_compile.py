@@ -44,6 +44,16 @@ def losses(width, padded, dtype, **options):
     gpukernels.cross_entropy_with_gradient(logits, targets, weights=weights, **options)
 
 
+def optimizers(dtype):
+    size = 124_439_808
+    parameter, gradient = (meta(size, dtype=dtype, grad=False) for _ in range(2))
+    first, second, master = (meta(size, dtype=torch.float32, grad=False) for _ in range(3))
+    step, rate = meta(1, dtype=torch.int32, grad=False), meta(1, dtype=torch.float32, grad=False)
+    options = {"step": step, "learning_rate": rate, "decayed": size // 2, "weight_decay": 0.1}
+    master = None if dtype == torch.float32 else master
+    gpukernels.adamw(parameter, gradient, first, second, **options, master=master, gradient_scale=rate)
+
+
 #: By name: what is launched, on sizes that models have. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
@@ -52,6 +62,8 @@ WORKLOADS = {
     "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
     "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
     "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),
+    "AdamW of GPT-2": lambda: optimizers(torch.float32),
+    "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
 }
 
 #: Kernels whose products are the point: with 16-bit inputs each must use tensor cores.

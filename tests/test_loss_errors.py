@@ -6,7 +6,7 @@ import pytest
 from test_op_errors import NO_FLOAT, NO_INT, makers
 from test_ops import both
 
-from gpukernels import cross_entropy, cross_entropy_with_gradient, numpy_ops, torch_ops
+from gpukernels import adamw, cross_entropy, cross_entropy_with_gradient, numpy_ops, torch_ops
 
 NO_LOGITS = "logits must be (..., V) with V of 1 or more"
 TO_MATCH = "to match logits, got"
@@ -54,7 +54,96 @@ SCALE = [
     ),
     (lambda op, f, i: op(f(1, 3), i(1), scale=f(2)), ValueError, "scale must be () or (1,), got (2,)"),
 ]
-REFUSED = {cross_entropy: LOSS, cross_entropy_with_gradient: LOSS + SCALE}
+
+
+def state(f, i, *, parameter=None, **changed):
+    parameter = f(3) if parameter is None else parameter
+    arrays = {"parameter": parameter, "gradient": f(3), "first_moment": f(3), "second_moment": f(3)}
+    return arrays | {"step": i(1), "learning_rate": f(1)} | changed
+
+
+ADAMW = [
+    (lambda op, f, i: op(**state(f, i, parameter=f(3, 1))), ValueError, "parameter must be (N,), got (3, 1)"),
+    (lambda op, f, i: op(**state(f, i, parameter=i(3))), TypeError, f"parameter {NO_FLOAT}, got int32"),
+    (lambda op, f, i: op(**state(f, i, gradient=i(3))), TypeError, f"gradient {NO_FLOAT}, got int32"),
+    (lambda op, f, i: op(**state(f, i, step=f(1))), TypeError, f"step {NO_INT}, got float32"),
+    (lambda op, f, i: op(**state(f, i, step=i(1, 2))), ValueError, "step must be () or (1,), got (2,)"),
+    (
+        lambda op, f, i: op(**state(f, i, parameter=f(3, dtype="float16"))),
+        TypeError,
+        "master must be a float32 array for a float16 parameter, got None",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, master=f(3))),
+        TypeError,
+        "master must be None for a float32 parameter, got an array",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, parameter=f(3, dtype="float16"), master=f(3, dtype="float16"))),
+        TypeError,
+        "master must be float32, got float16",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, first_moment=f(3, dtype="float16"))),
+        TypeError,
+        "first_moment must be float32, got float16",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, parameter=f(3, dtype="float64"), first_moment=f(3, dtype="float64"))),
+        TypeError,
+        "second_moment must be float64, got float32",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, learning_rate=f(1, dtype="float16"))),
+        TypeError,
+        "learning_rate must be float32, got float16",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, learning_rate=f(3))),
+        ValueError,
+        "learning_rate must be () or (1,), got (3,)",
+    ),
+    (
+        lambda op, f, i: op(**state(f, i, gradient_scale=f(3))),
+        ValueError,
+        "gradient_scale must be () or (1,), got (3,)",
+    ),
+    *(
+        (
+            lambda op, f, i, name=name: op(**state(f, i, **{name: f(4)})),
+            ValueError,
+            f"{name} must be (3,) to match parameter, got (4,)",
+        )
+        for name in ("gradient", "first_moment", "second_moment")
+    ),
+    *(
+        (
+            lambda op, f, i, name=name: op(**state(f, i, **{name: f(6)[::2]})),
+            ValueError,
+            f"{name} must be contiguous, got a strided view",
+        )
+        for name in ("parameter", "first_moment", "second_moment")
+    ),
+    *(
+        (
+            lambda op, f, i, betas=betas: op(**state(f, i), betas=betas),
+            ValueError,
+            f"betas must be two numbers from 0 to less than 1, got {betas}",
+        )
+        for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9))
+    ),
+    (lambda op, f, i: op(**state(f, i), eps=-1), ValueError, "eps must be 0 or more, got -1"),
+    (lambda op, f, i: op(**state(f, i), weight_decay=math.nan), ValueError, "weight_decay must be 0 or more, got nan"),
+    *(
+        (
+            lambda op, f, i, decayed=decayed: op(**state(f, i), decayed=decayed),
+            ValueError,
+            f"decayed must be a whole number, 0 to 3, or None, got {decayed}",
+        )
+        for decayed in (-1, 4, 1.5)
+    ),
+]
+REFUSED = {cross_entropy: LOSS, cross_entropy_with_gradient: LOSS + SCALE, adamw: ADAMW}
 CASES = [
     pytest.param(op, call, error, f"{op.__name__}: {message}", id=f"{op.__name__} {message}")
     for op, cases in REFUSED.items()

@@ -42,9 +42,17 @@ def loss_calls(kind):
         yield "cross_entropy_backward", (loss, logits.detach(), targets, given, lse, divisor, *options[:3])
 
 
+def adamw_calls(kind):
+    p, g = kind.draw(20), kind.draw(20, seed=1)
+    m, v, master = SINGLE.draw(20, seed=2), SINGLE.draw(20, seed=3).abs(), None if kind is SINGLE else SINGLE.draw(20)
+    step, rate = SINGLE.ints([3]), SINGLE.draw(1).abs()
+    yield "adamw", (p, g, m, v, master, step, rate, None, 0.9, 0.999, 1e-8, 0.1, 7)
+    yield "adamw", (p, g, m, v, master, step, rate, rate, 0.9, 0.999, 1e-8, 0.0, 20)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind), *loss_calls(kind)]
+    return [*norm_calls(kind), *loss_calls(kind), *adamw_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -91,4 +99,18 @@ def test_compiled_whole_and_differentiated_with_any_gradient(name, layout):
         dy = LAYOUTS[layout](SINGLE.draw(*y.shape, seed=1))
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
+
+
+def test_an_update_in_place_is_compiled_whole():
+    def update(parameter, gradient, first, second, step, rate):
+        library.adamw(parameter, gradient, first, second, step=step, learning_rate=rate, weight_decay=0.1)
+        return parameter + first
+
+    compiled = torch.compile(update, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    runs = []
+    for run in (update, compiled):
+        arrays = [*(SINGLE.draw(20, seed=seed).abs() for seed in range(4)), SINGLE.ints([2]), SINGLE.draw(1)]
+        runs.append([run(*arrays), *arrays])
+    for eager, other in zip(*runs, strict=True):
         torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)

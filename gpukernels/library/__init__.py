@@ -7,5 +7,6 @@ interprets them (TRITON_INTERPRET=1).
 
 from gpukernels.library.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.library.norm import layer_norm, rms_norm
+from gpukernels.library.optimizer import adamw
 
-__all__ = ["cross_entropy", "cross_entropy_with_gradient", "layer_norm", "rms_norm"]
+__all__ = ["adamw", "cross_entropy", "cross_entropy_with_gradient", "layer_norm", "rms_norm"]

@@ -10,9 +10,11 @@ from gpukernels.numpy_ops.attention import attention
 from gpukernels.numpy_ops.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
+from gpukernels.numpy_ops.optimizer import adamw
 from gpukernels.numpy_ops.pointwise import embedding
 
 __all__ = [
+    "adamw",
     "attention",
     "cross_entropy",
     "cross_entropy_with_gradient",

@@ -18,10 +18,12 @@ from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.ops.matmul import linear, matmul, norm_linear
 from gpukernels.ops.norm import layer_norm, rms_norm
+from gpukernels.ops.optimizer import adamw
 from gpukernels.ops.pointwise import embedding
 
 __all__ = [
     "ACTIVATIONS",
+    "adamw",
     "attention",
     "cross_entropy",
     "cross_entropy_with_gradient",

@@ -8,9 +8,11 @@ from gpukernels.torch_ops.attention import attention
 from gpukernels.torch_ops.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
+from gpukernels.torch_ops.optimizer import adamw
 from gpukernels.torch_ops.pointwise import embedding
 
 __all__ = [
+    "adamw",
     "attention",
     "cross_entropy",
     "cross_entropy_with_gradient",
