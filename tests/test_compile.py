@@ -44,6 +44,12 @@ def losses(width, padded, dtype, **options):
     gpukernels.cross_entropy_with_gradient(logits, targets, weights=weights, **options)
 
 
+def linear_losses(dtype):
+    hidden, weight = meta(8192, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
+    targets = meta(8192, dtype=torch.int64, grad=False)
+    backward([gpukernels.linear_cross_entropy(hidden, weight, targets)], [hidden, weight])
+
+
 def optimizers(dtype):
     size = 124_439_808
     parameter, gradient = (meta(size, dtype=dtype, grad=False) for _ in range(2))
@@ -62,6 +68,7 @@ WORKLOADS = {
     "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
     "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
     "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),
+    "linear loss of GPT-2": lambda: linear_losses(torch.bfloat16),
     "AdamW of GPT-2": lambda: optimizers(torch.float32),
     "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
 }

@@ -6,7 +6,7 @@ import pytest
 from test_op_errors import NO_FLOAT, NO_INT, makers
 from test_ops import both
 
-from gpukernels import adamw, cross_entropy, cross_entropy_with_gradient, numpy_ops, torch_ops
+from gpukernels import adamw, cross_entropy, cross_entropy_with_gradient, linear_cross_entropy, numpy_ops, torch_ops
 
 NO_LOGITS = "logits must be (..., V) with V of 1 or more"
 TO_MATCH = "to match logits, got"
@@ -143,7 +143,48 @@ ADAMW = [
         for decayed in (-1, 4, 1.5)
     ),
 ]
-REFUSED = {cross_entropy: LOSS, cross_entropy_with_gradient: LOSS + SCALE, adamw: ADAMW}
+LINEAR = [
+    (lambda op, f, i: op(f(2, 3), f(3), i(1, 1)), ValueError, "weight must be (V, C) with V of 1 or more, got (3,)"),
+    (
+        lambda op, f, i: op(f(2, 3), f(0, 3), i(1, 1)),
+        ValueError,
+        "weight must be (V, C) with V of 1 or more, got (0, 3)",
+    ),
+    (
+        lambda op, f, i: op(f(2, 4), f(5, 3), i(1, 1)),
+        ValueError,
+        "hidden must be (..., 3) to match weight (5, 3), got (2, 4)",
+    ),
+    (lambda op, f, i: op(f(), f(5, 3), i(1)), ValueError, "hidden must be (..., 3) to match weight (5, 3), got ()"),
+    (
+        lambda op, f, i: op(f(2, 3), f(5, 3, dtype="float16"), i(1, 1)),
+        TypeError,
+        "weight must have hidden's dtype float32, got float16",
+    ),
+    (lambda op, f, i: op(i(3), f(5, 3), i(1)), TypeError, f"hidden {NO_FLOAT}, got int32"),
+    (lambda op, f, i: op(f(2, 3), i(3), i(1)), TypeError, f"weight {NO_FLOAT}, got int32"),
+    (lambda op, f, i: op(f(2, 3), f(5, 3), f(2)), TypeError, f"targets {NO_INT}, got float32"),
+    (lambda op, f, i: op(f(2, 3), f(5, 3), i(1)), ValueError, "targets must be (2,) to match hidden, got (1,)"),
+    (
+        lambda op, f, i: op(f(1, 3), f(5, 3), i(1), weights=f(2)),
+        ValueError,
+        "weights must be (1,) to match hidden, got (2,)",
+    ),
+    (
+        lambda op, f, i: op(f(1, 3), f(5, 3), i(1), reduction="max"),
+        ValueError,
+        "reduction must be one of mean, sum, none, got 'max'",
+    ),
+    *(
+        (
+            lambda op, f, i, chunk=chunk: op(f(1, 3), f(5, 3), i(1), chunk=chunk),
+            ValueError,
+            f"chunk must be a whole number, 1 or more, or None, got {chunk}",
+        )
+        for chunk in (0, 1.5)
+    ),
+]
+REFUSED = {linear_cross_entropy: LINEAR, cross_entropy: LOSS, cross_entropy_with_gradient: LOSS + SCALE, adamw: ADAMW}
 CASES = [
     pytest.param(op, call, error, f"{op.__name__}: {message}", id=f"{op.__name__} {message}")
     for op, cases in REFUSED.items()

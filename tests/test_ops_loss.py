@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import KINDS, both, every_kind
+from test_ops import KINDS, both, every_kind, numpy_kinds
 from truth import Kind, check, host
 from truth_loss import (
     OPTIONS,
     REDUCTIONS,
     check_gradient,
+    check_linear,
     check_with_gradient,
     draw_tokens,
     draw_weights,
@@ -187,3 +188,27 @@ def test_shifting_all_logits_changes_nothing_and_the_gradient_adds_up_to_nothing
     other = gpukernels.cross_entropy(kind.array([logits]) + shift, tokens, label_smoothing=0.1)
     np.testing.assert_allclose(host(one), host(other), atol=1e-12)
     assert abs(host(gradient).sum()) <= 1e-12
+
+
+def linear_arrays(kind, tokens, width, vocabulary, *, ignored=(1,)):
+    given = kind.draws(hidden=(*tokens, width), weight=(vocabulary, width))
+    given["targets"] = draw_tokens(kind, *tokens, vocabulary=vocabulary, ignored=ignored)
+    return given | {"weights": draw_weights(kind, *tokens)}
+
+
+@pytest.mark.parametrize("kind", KINDS[3:], ids="-".join)
+@reductions
+@every_option
+def test_linear_cross_entropy(kind, reduction, options):
+    check_linear(linear_arrays(kind, (2, 3), 5, 11), reduction=reduction, **options)
+
+
+@numpy_kinds
+@reductions
+def test_linear_cross_entropy_of_numpy_is_linear_and_cross_entropy(kind, reduction):
+    given = linear_arrays(kind, (2, 3), 5, 11)
+    logits = gpukernels.linear(given["hidden"], given["weight"])
+    tokens = {name: given[name] for name in ("targets", "weights")}
+    want = gpukernels.cross_entropy(logits, **tokens, z_loss=0.1, reduction=reduction)
+    found = gpukernels.linear_cross_entropy(**given, z_loss=0.1, reduction=reduction, chunk=2)
+    np.testing.assert_array_equal(found, want)

@@ -31,15 +31,27 @@ def norm_calls(kind):
 
 
 def loss_calls(kind):
-    targets = torch.tensor([[3, -100, 0], [69, 7, 7]], device=DEVICE)
-    logits, weights, scale = leaf(kind, 2, 3, 70), SINGLE.draw(2, 3).abs(), SINGLE.draw(1)
-    for given, reduction in ((weights, "mean"), (None, "sum"), (None, "none")):
+    targets = torch.tensor([[3, -100], [69, 7]], device=DEVICE)
+    logits, weights, scale = leaf(kind, 2, 2, 70), SINGLE.draw(2, 2).abs(), SINGLE.draw(1)
+    for given, reduction in ((weights, "mean"), (None, "none")):
         options = (-100, 0.1, 0.01, reduction)
         yield "cross_entropy", (logits, targets, given, *options)
         yield "cross_entropy_with_gradient", (logits.detach(), targets, given, *options, scale)
         op = torch.ops.gpukernels.cross_entropy.default
         loss, lse, divisor = (each.detach() for each in op(logits, targets, given, *options))
         yield "cross_entropy_backward", (loss, logits.detach(), targets, given, lse, divisor, *options[:3])
+
+
+def linear_loss_calls(kind):
+    targets = torch.tensor([3, -100, 69], device=DEVICE)
+    hidden, weight, weights = leaf(kind, 3, 20), leaf(kind, 70, 20), SINGLE.draw(3).abs()
+    for given, reduction in ((None, "mean"), (weights, "none")):
+        options = (-100, 0.1, 0.01, reduction, 2)
+        yield "linear_cross_entropy", (hidden, weight, targets, given, *options, True, True)
+        op = torch.ops.gpukernels.linear_cross_entropy.default
+        arrays = (hidden.detach(), weight.detach(), targets, given)
+        loss, *saved = (each.detach() for each in op(*arrays, *options, True, True))
+        yield "linear_cross_entropy_backward", (loss, *arrays, *saved, *options, False, True)
 
 
 def adamw_calls(kind):
@@ -52,7 +64,7 @@ def adamw_calls(kind):
 
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind), *loss_calls(kind), *adamw_calls(kind)]
+    return [*norm_calls(kind), *loss_calls(kind), *linear_loss_calls(kind), *adamw_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -82,8 +94,18 @@ def losses(logits):
     return each + mean + loss + dlogits[..., 0]
 
 
+def linear_losses(hidden, weight):
+    targets = torch.arange(12, device=hidden.device).view(3, 4)
+    each = library.linear_cross_entropy(hidden, weight, targets, label_smoothing=0.1, reduction="none")
+    return each + library.linear_cross_entropy(hidden, weight, targets, chunk=5)
+
+
 # By name: a function of leaves, and their shapes.
-FUNCTIONS = {"norms": (norms, [(4, 6, 20), (20,), (20,)]), "losses": (losses, [(3, 4, 70)])}
+FUNCTIONS = {
+    "norms": (norms, [(4, 6, 20), (20,), (20,)]),
+    "losses": (losses, [(3, 4, 70)]),
+    "linear losses": (linear_losses, [(3, 4, 20), (70, 20)]),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -239,11 +239,10 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-def gradient_like(logits: torch.Tensor) -> torch.Tensor:
-    """An array for the gradient of logits (..., V): its rows start at multiples of 64 elements whatever V is."""
-    *outer, V = logits.shape
-    padded = triton.cdiv(V, 64) * 64
-    return torch.empty((*outer, padded), dtype=logits.dtype, device=logits.device)[..., :V]
+def empty_rows(shape, dtype: torch.dtype, device) -> torch.Tensor:
+    """An array (..., V) whose rows start at multiples of 64 elements, whatever V is."""
+    *outer, V = shape
+    return torch.empty((*outer, triton.cdiv(V, 64) * 64), dtype=dtype, device=device)[..., :V]
 
 
 def divisor_of(targets, weights, ignore_index):
@@ -291,7 +290,7 @@ def cross_entropy_forward(logits, targets, weights, ignore_index, label_smoothin
 
 def cross_entropy_backward(dloss, logits, targets, weights, lse, divisor, ignore_index, label_smoothing, z_loss):
     """dlogits; dloss is () or has the targets' shape."""
-    dlogits = gradient_like(logits)
+    dlogits = empty_rows(logits.shape, logits.dtype, logits.device)
     x, dx = rows(logits), rows(dlogits)
     M, V = x.shape
     tile = _tile(V)
@@ -312,7 +311,7 @@ def cross_entropy_with_gradient(logits, targets, weights, ignore_index, label_sm
     """loss, and dlogits of the loss times `scale`, a float32 array of one element (None: 1)."""
     divisor = divisor_of(targets, weights, ignore_index) if reduction == "mean" else None
     loss = torch.empty(targets.numel(), dtype=torch.float32, device=logits.device)
-    dlogits = gradient_like(logits)
+    dlogits = empty_rows(logits.shape, logits.dtype, logits.device)
     options = (targets, weights, ignore_index, label_smoothing, z_loss)
     losses(rows(logits), *options, loss=loss, dx=rows(dlogits), dloss=scale, divisor=divisor)
     return (loss.view(targets.shape) if reduction == "none" else total_of(loss, divisor)), dlogits

@@ -46,18 +46,17 @@ def _adamw_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N elements of each buffer, in place."""
-    step = tl.load(step_ptr).to(tl.float32)
-    rate = tl.load(rate_ptr)
-    correction1 = _one_minus_exp(step * log_beta1)
-    correction2 = _one_minus_exp(step * log_beta2)
-
-    start = tl.program_id(0).to(tl.int64) * BLOCK_N
-    at = start + tl.arange(0, BLOCK_N)
+    at = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = at < N
+    # The buffers first: what follows waits for the step.
     g = tl.load(gradient_ptr + at, mask, other=0.0).to(tl.float32)
     m = tl.load(first_ptr + at, mask, other=0.0)
     v = tl.load(second_ptr + at, mask, other=0.0)
     p = tl.load((parameter_ptr if master_ptr is None else master_ptr) + at, mask, other=0.0)
+
+    rate, step = tl.load(rate_ptr), tl.load(step_ptr).to(tl.float32)
+    correction1 = _one_minus_exp(step * log_beta1)
+    correction2 = _one_minus_exp(step * log_beta2)
     if scale_ptr is not None:
         g *= tl.load(scale_ptr)
     m += one_minus_beta1 * (g - m)

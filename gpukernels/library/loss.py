@@ -13,7 +13,7 @@ from gpukernels.library.registry import define, differentiate, empty
 from gpukernels.torch_ops.loss import cross_entropy_gradient
 
 
-def _plain_divisor(targets, weights, ignore_index):
+def plain_divisor(targets, weights, ignore_index):
     kept = targets != ignore_index
     return (kept.float() if weights is None else torch.where(kept, weights.float(), 0)).sum().reshape(1)
 
@@ -29,7 +29,7 @@ def _plain(logits, targets, weights, ignore_index, label_smoothing, z_loss, redu
         reduction=reduction,
     )
     lse = torch.logsumexp(logits.float(), -1).reshape(-1)
-    divisor = _plain_divisor(targets, weights, ignore_index) if reduction == "mean" else empty(loss, 0)
+    divisor = plain_divisor(targets, weights, ignore_index) if reduction == "mean" else empty(loss, 0)
     return loss, lse, divisor
 
 
@@ -46,7 +46,7 @@ def _backward_plain(dloss, logits, targets, weights, lse, divisor, ignore_index,
     g = dloss.reshape(-1).float() * (1 if weights is None else weights.reshape(-1).float())
     if divisor.numel():
         g = g / divisor
-    dlogits = kernels.gradient_like(logits)
+    dlogits = kernels.empty_rows(logits.shape, logits.dtype, logits.device)
     dx = cross_entropy_gradient(
         g.expand(targets.numel()),
         logits.float().reshape(-1, logits.shape[-1]),
@@ -60,7 +60,7 @@ def _backward_plain(dloss, logits, targets, weights, lse, divisor, ignore_index,
 
 
 def _backward_fake(dloss, logits, targets, weights, lse, divisor, ignore_index, label_smoothing, z_loss):
-    return kernels.gradient_like(logits)
+    return kernels.empty_rows(logits.shape, logits.dtype, logits.device)
 
 
 def _with_gradient_plain(logits, targets, weights, ignore_index, label_smoothing, z_loss, reduction, scale):
@@ -74,11 +74,11 @@ def _with_gradient_plain(logits, targets, weights, ignore_index, label_smoothing
         reduction=reduction,
         scale=scale,
     )
-    return loss, kernels.gradient_like(logits).copy_(dlogits)
+    return loss, kernels.empty_rows(logits.shape, logits.dtype, logits.device).copy_(dlogits)
 
 
 def _with_gradient_fake(logits, targets, weights, ignore_index, label_smoothing, z_loss, reduction, scale):
-    return _fake_loss(targets, reduction), kernels.gradient_like(logits)
+    return _fake_loss(targets, reduction), kernels.empty_rows(logits.shape, logits.dtype, logits.device)
 
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss"

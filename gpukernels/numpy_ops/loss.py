@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from gpukernels.numpy_ops.blocks import compute_dtype, row_blocks
+from gpukernels.numpy_ops.matmul import linear
 
 
 def cross_entropy(
@@ -32,6 +33,29 @@ def cross_entropy_with_gradient(
             dx = np.where((t != ignore_index)[:, None], dx * np.broadcast_to(g, t.shape)[:, None], 0)
         dlogits[part] = dx
     return _reduce(loss, divisor, reduction, targets.shape), dlogits.reshape(logits.shape)
+
+
+def linear_cross_entropy(
+    hidden,
+    weight,
+    targets,
+    *,
+    weights=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    reduction="mean",
+    chunk=None,
+):
+    return cross_entropy(
+        linear(hidden, weight),
+        targets,
+        weights=weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+    )
 
 
 def _allocate(logits, targets, weights, ignore_index):

@@ -15,7 +15,7 @@ as it is used.
 
 from gpukernels.ops.attention import attention
 from gpukernels.ops.checks import ACTIVATIONS
-from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient
+from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.ops.matmul import linear, matmul, norm_linear
 from gpukernels.ops.norm import layer_norm, rms_norm
 from gpukernels.ops.optimizer import adamw
@@ -30,6 +30,7 @@ __all__ = [
     "embedding",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",

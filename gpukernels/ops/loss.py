@@ -6,6 +6,7 @@ from gpukernels.ops.checks import (
     check_integers,
     check_scalar,
     check_shape,
+    dtype_name,
     implementation,
     shape,
 )
@@ -114,6 +115,65 @@ def cross_entropy_with_gradient(
     if scale is not None:
         check_scalar(name, "scale", scale, logits)
     return run.cross_entropy_with_gradient(logits, targets, weights=weights, **options, scale=scale)
+
+
+def linear_cross_entropy(
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    *,
+    weights: Array | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> Array:
+    """cross_entropy(hidden @ weight.T, targets), on the GPU without ever storing all logits.
+
+    Args:
+        hidden: (..., C), what the last block of a model gives.
+        weight: (V, C), of hidden's dtype.
+        targets, weights, ignore_index, label_smoothing, z_loss, reduction: as for `cross_entropy`.
+        chunk: on the GPU, tokens whose logits are in memory at a time; None: a power of two whose logits take up
+            to 256 MiB (2048 for 50304 words in 16 bits), and at least 128. NumPy and torch on the CPU make all
+            logits at once.
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        As `cross_entropy`; TypeError for a weight of another dtype, ValueError for a chunk below 1.
+
+    Numerics: the logits are rounded to hidden's dtype, as `linear` rounds them; the weight's gradient is added
+    up in float32, chunk after chunk, and rounded once. The gradient of a mean over no tokens is 0.
+    Cost on the GPU, M tokens: 6 M C V flops with both gradients, which the forward pass makes and the backward
+    pass scales. The reduction "none" makes the logits twice, 8 M C V, for each loss has its own upstream gradient.
+    Memory: one chunk's logits, and both gradients, the weight's in float32.
+    Source: Hsu et al., arXiv 2410.10989; Wijmans et al., arXiv 2411.09009.
+    """
+    op = "linear_cross_entropy"
+    run = implementation(op, {"hidden": hidden, "weight": weight, "targets": targets}, weights=weights)
+    check_floats(op, hidden=hidden, weight=weight)
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight must be (V, C) with V of 1 or more, got {shape(weight)}")
+    if hidden.ndim < 1 or hidden.shape[-1] != weight.shape[1]:
+        want = f"(..., {weight.shape[1]}) to match weight {shape(weight)}"
+        raise ValueError(f"{op}: hidden must be {want}, got {shape(hidden)}")
+    if weight.dtype != hidden.dtype:
+        want, came = dtype_name(hidden.dtype), dtype_name(weight.dtype)
+        raise TypeError(f"{op}: weight must have hidden's dtype {want}, got {came}")
+    options = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "reduction": reduction,
+    }
+    _check_tokens(op, "hidden", hidden, targets, weights)
+    _check_options(op, **options)
+    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+        raise ValueError(f"{op}: chunk must be a whole number, 1 or more, or None, got {chunk!r}")
+    return run.linear_cross_entropy(hidden, weight, targets, weights=weights, **options, chunk=chunk)
 
 
 def _check_logits(op, logits):
