@@ -6,10 +6,14 @@ array runs `numpy_ops`, a torch tensor runs `torch_ops`; importing this package 
 
 from gpukernels.ops import (
     ACTIVATIONS,
+    adamw,
     attention,
+    cross_entropy,
+    cross_entropy_with_gradient,
     embedding,
     layer_norm,
     linear,
+    linear_cross_entropy,
     matmul,
     norm_linear,
     rms_norm,
@@ -17,10 +21,14 @@ from gpukernels.ops import (
 
 __all__ = [
     "ACTIVATIONS",
+    "adamw",
     "attention",
+    "cross_entropy",
+    "cross_entropy_with_gradient",
     "embedding",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",

@@ -63,9 +63,44 @@ def few_rows_calls(kind):
     yield "few_rows", (x, weight, bias, norm, None, 1e-6, False, "silu", None)
 
 
+def loss_calls(kind):
+    targets = torch.tensor([[3, -100], [69, 7]], device=DEVICE)
+    logits, weights, scale = leaf(kind, 2, 2, 70), SINGLE.draw(2, 2).abs(), SINGLE.draw(1)
+    for given, reduction in ((weights, "mean"), (None, "none")):
+        options = (-100, 0.1, 0.01, reduction)
+        yield "cross_entropy", (logits, targets, given, *options)
+        yield "cross_entropy_with_gradient", (logits.detach(), targets, given, *options, scale)
+        op = torch.ops.gpukernels.cross_entropy.default
+        loss, lse, divisor = (each.detach() for each in op(logits, targets, given, *options))
+        yield "cross_entropy_backward", (loss, logits.detach(), targets, given, lse, divisor, *options[:3])
+
+
+def linear_loss_calls(kind):
+    targets = torch.tensor([3, -100, 69], device=DEVICE)
+    hidden, weight, weights = leaf(kind, 3, 20), leaf(kind, 70, 20), SINGLE.draw(3).abs()
+    for given, reduction in ((None, "mean"), (weights, "none")):
+        options = (-100, 0.1, 0.01, reduction, 2)
+        yield "linear_cross_entropy", (hidden, weight, targets, given, *options, True, True)
+        op = torch.ops.gpukernels.linear_cross_entropy.default
+        arrays = (hidden.detach(), weight.detach(), targets, given)
+        loss, *saved = (each.detach() for each in op(*arrays, *options, True, True))
+        yield "linear_cross_entropy_backward", (loss, *arrays, *saved, *options, False, True)
+
+
+def adamw_calls(kind):
+    p, g = kind.draw(20), kind.draw(20, seed=1)
+    m, v, master = SINGLE.draw(20, seed=2), SINGLE.draw(20, seed=3).abs(), None if kind is SINGLE else SINGLE.draw(20)
+    step, rate = SINGLE.ints([3]), SINGLE.draw(1).abs()
+    yield "adamw", (p, g, m, v, master, step, rate, None, 0.9, 0.999, 1e-8, 0.1, 7)
+    yield "adamw", (p, g, m, v, master, step, rate, rate, 0.9, 0.999, 1e-8, 0.0, 20)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    families = (norm_calls, attention_calls, product_calls, few_rows_calls)
+    families = (
+        *(norm_calls, attention_calls, product_calls, few_rows_calls),
+        *(loss_calls, linear_loss_calls, adamw_calls),
+    )
     return [call for family in families for call in family(kind)]
 
 
@@ -98,11 +133,27 @@ def block(x, norm_weight, up, down, bias):
     return library.matmul(library.linear(y, down, residual=x), down)
 
 
+def losses(logits):
+    targets = torch.arange(12, device=logits.device).view(3, 4)
+    each = library.cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
+    mean = library.cross_entropy(logits, targets, z_loss=0.1)
+    loss, dlogits = library.cross_entropy_with_gradient(logits, targets)
+    return each + mean + loss + dlogits[..., 0]
+
+
+def linear_losses(hidden, weight):
+    targets = torch.arange(12, device=hidden.device).view(3, 4)
+    each = library.linear_cross_entropy(hidden, weight, targets, label_smoothing=0.1, reduction="none")
+    return each + library.linear_cross_entropy(hidden, weight, targets, chunk=5)
+
+
 # By name: a function of leaves, and their shapes.
 FUNCTIONS = {
     "norms": (norms, [(4, 6, 20), (20,), (20,)]),
     "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
     "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
+    "losses": (losses, [(3, 4, 70)]),
+    "linear losses": (linear_losses, [(3, 4, 20), (70, 20)]),
 }
 
 
@@ -136,4 +187,18 @@ def test_compiled_whole_and_differentiated_with_any_gradient(name, layout):
         dy = LAYOUTS[layout](SINGLE.draw(*y.shape, seed=1))
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
+
+
+def test_an_update_in_place_is_compiled_whole():
+    def update(parameter, gradient, first, second, step, rate):
+        library.adamw(parameter, gradient, first, second, step=step, learning_rate=rate, weight_decay=0.1)
+        return parameter + first
+
+    compiled = torch.compile(update, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    runs = []
+    for run in (update, compiled):
+        arrays = [*(SINGLE.draw(20, seed=seed).abs() for seed in range(4)), SINGLE.ints([2]), SINGLE.draw(1)]
+        runs.append([run(*arrays), *arrays])
+    for eager, other in zip(*runs, strict=True):
         torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)

@@ -85,6 +85,29 @@ def few_rows_of_llama():
     few(1, 4096, 11008, norm=False, bias=False, dtype=torch.bfloat16)
 
 
+def losses(width, padded, dtype, **options):
+    logits, targets = meta(8192, padded, dtype=dtype)[:, :width], meta(8192, dtype=torch.int64, grad=False)
+    weights = meta(8192, dtype=torch.float32, grad=False)
+    backward([gpukernels.cross_entropy(logits, targets, **options)], [logits])
+    gpukernels.cross_entropy_with_gradient(logits, targets, weights=weights, **options)
+
+
+def linear_losses(dtype):
+    hidden, weight = meta(8192, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
+    targets = meta(8192, dtype=torch.int64, grad=False)
+    backward([gpukernels.linear_cross_entropy(hidden, weight, targets)], [hidden, weight])
+
+
+def optimizers(dtype):
+    size = 124_439_808
+    parameter, gradient = (meta(size, dtype=dtype, grad=False) for _ in range(2))
+    first, second, master = (meta(size, dtype=torch.float32, grad=False) for _ in range(3))
+    step, rate = meta(1, dtype=torch.int32, grad=False), meta(1, dtype=torch.float32, grad=False)
+    options = {"step": step, "learning_rate": rate, "decayed": size // 2, "weight_decay": 0.1}
+    master = None if dtype == torch.float32 else master
+    gpukernels.adamw(parameter, gradient, first, second, **options, master=master, gradient_scale=rate)
+
+
 #: By name: what is launched. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
@@ -105,4 +128,10 @@ WORKLOADS = {
     "few rows of GPT-2 XL": lambda: few_rows_of_gpt2(1600),
     "few rows of GPT-2 in float32": lambda: few_rows_of_gpt2(768, torch.float32),
     "few rows of LLaMA": few_rows_of_llama,
+    "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
+    "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
+    "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),
+    "linear loss of GPT-2": lambda: linear_losses(torch.bfloat16),
+    "AdamW of GPT-2": lambda: optimizers(torch.float32),
+    "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
 }

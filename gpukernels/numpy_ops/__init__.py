@@ -7,8 +7,22 @@ stay in a core's cache.
 """
 
 from gpukernels.numpy_ops.attention import attention
+from gpukernels.numpy_ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
+from gpukernels.numpy_ops.optimizer import adamw
 from gpukernels.numpy_ops.pointwise import embedding
 
-__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "adamw",
+    "attention",
+    "cross_entropy",
+    "cross_entropy_with_gradient",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+]

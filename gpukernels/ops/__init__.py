@@ -15,8 +15,23 @@ as it is used.
 
 from gpukernels.ops.attention import attention
 from gpukernels.ops.checks import ACTIVATIONS
+from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.ops.matmul import linear, matmul, norm_linear
 from gpukernels.ops.norm import layer_norm, rms_norm
+from gpukernels.ops.optimizer import adamw
 from gpukernels.ops.pointwise import embedding
 
-__all__ = ["ACTIVATIONS", "attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "adamw",
+    "attention",
+    "cross_entropy",
+    "cross_entropy_with_gradient",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+]

@@ -97,6 +97,15 @@ def check_shape(op: str, name: str, array, want: tuple, why: str) -> None:
         raise ValueError(f"{op}: {name} must be {want} {why}, got {shape(array)}")
 
 
+def check_scalar(op: str, name: str, array, like) -> None:
+    """One number in an array, of the dtype that `like` is computed in."""
+    want = "float64" if dtype_name(like.dtype) == "float64" else "float32"
+    if dtype_name(array.dtype) != want:
+        raise TypeError(f"{op}: {name} must be {want}, got {dtype_name(array.dtype)}")
+    if tuple(array.shape) not in ((), (1,)):
+        raise ValueError(f"{op}: {name} must be () or (1,), got {shape(array)}")
+
+
 def check_norm(op: str, x, weight, bias, eps: float, weight_name: str, bias_name: str) -> None:
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must be (..., C) with C of 1 or more, got {shape(x)}")

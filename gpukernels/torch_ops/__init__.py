@@ -5,8 +5,22 @@ what is meant in the fewest steps. `gpukernels.ops` has the contracts and has ch
 """
 
 from gpukernels.torch_ops.attention import attention
+from gpukernels.torch_ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
+from gpukernels.torch_ops.optimizer import adamw
 from gpukernels.torch_ops.pointwise import embedding
 
-__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "adamw",
+    "attention",
+    "cross_entropy",
+    "cross_entropy_with_gradient",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+]

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-import truth
 from kernel_cases import DEVICE, DOT_KINDS, HALF, LAYOUTS, SINGLE, ids
 from truth import ACTIVATIONS, Truth, bound, host, true_layer_norm, true_linear, true_rms_norm
+from truth import check as check_public
 
 import gpukernels
 from gpukernels.kernels import few_rows as kernels
@@ -251,9 +251,9 @@ def test_the_public_products_come_here_for_few_rows_without_a_gradient(rows, mon
 
     monkeypatch.setattr(module, "few_rows", counted)
     given = SINGLE.draws(x=(rows, 8), weight=(5, 8), bias=(5,), residual=(rows, 5))
-    truth.check("linear", given, activation="relu")
+    check_public("linear", given, activation="relu")
     norm = SINGLE.draws(x=(rows, 8), norm_weight=(8,), norm_bias=(8,), weight=(5, 8), bias=(5,))
-    truth.check("norm_linear", norm, activation="gelu")
+    check_public("norm_linear", norm, activation="gelu")
     assert called == ([rows, rows] if rows <= 64 else [])
     called.clear()
     gpukernels.linear(given["x"].requires_grad_(), given["weight"])
