@@ -87,7 +87,7 @@ class Launch(NamedTuple):
 
     kernel: str
     grid: tuple[int, int, int]
-    arguments: tuple[Any, ...]
+    arguments: dict[str, Any]  # by the kernel's parameter names, constants included
     compiled: Compiled
 
 
@@ -150,12 +150,11 @@ class _Driver:
         return None, cubin, 0, 0, 1024  # module, function, registers, spills, most threads of a block
 
     def launcher_cls(self, source, metadata) -> Callable:
-        names = [name for name, kind in source.signature.items() if kind != "constexpr"]
-
         def launch(x, y, z, stream, cubin, packed_metadata, launch_metadata, enter, leave, *arguments):
             compiled = Compiled(cubin, metadata.shared, metadata.num_warps, metadata.num_stages)
             current = driver.active  # a kernel compiled in an earlier recording has an earlier driver's launcher
-            current.launches.append(Launch(metadata.name, (x, y, z), arguments[: len(names)], compiled))
+            named = dict(zip(source.fn.arg_names, arguments, strict=True))
+            current.launches.append(Launch(metadata.name, (x, y, z), named, compiled))
 
         return launch
 

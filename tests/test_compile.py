@@ -41,6 +41,12 @@ def wide_enough(launch: Launch) -> bool:
     return any(re.match(r"(LDG|STG|LDGSTS)\b.*\.128|UTMALDG", name) for name in launch.compiled.instructions)
 
 
+def operands(launch: Launch) -> set[torch.dtype]:
+    """The dtypes of a product's first two arrays: tensors, or descriptors of some."""
+    arrays = [getattr(each, "base", each) for each in launch.arguments.values()]
+    return {each.dtype for each in [each for each in arrays if isinstance(each, torch.Tensor)][:2]}
+
+
 @pytest.mark.parametrize("capability", CHIPS)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_budgets(name, capability):
@@ -53,8 +59,7 @@ def test_budgets(name, capability):
         assert compiled.shared_memory <= CHIPS[capability].shared_memory
         if launch.kernel not in NARROW:
             assert wide_enough(launch), f"{launch.kernel}: {dict(compiled.instructions)}"
-        half = any(getattr(each, "dtype", None) in (torch.float16, torch.bfloat16) for each in launch.arguments)
-        if launch.kernel in PRODUCTS and half:
+        if launch.kernel in PRODUCTS and operands(launch) <= {torch.float16, torch.bfloat16}:
             assert compiled.tensor_core_instructions, f"{launch.kernel} has no tensor-core instruction"
 
 

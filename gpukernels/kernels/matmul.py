@@ -173,7 +173,11 @@ def long_product(a, b, *, out_dtype=None, out=None, accumulate=False):
     if out is None:
         out = torch.empty((M, N), dtype=out_dtype or a.dtype, device=a.device)
     # float32 rows of N are all that the partial sums ask of descriptors.
-    tile = descriptor_tile(N, 4) if _suit_descriptors(a, b) and N % 4 == 0 else pointer_tile(_dot_dtype(a, b))
+    tile = (
+        descriptor_tile(N, [torch.float32])
+        if _suit_descriptors(a, b) and N % 4 == 0
+        else pointer_tile(_dot_dtype(a, b))
+    )
     tiles_m, steps = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(K, tile.BLOCK_K)
     parts = splits(tiles_m * triton.cdiv(N, tile.BLOCK_N), steps, gpu())
     split_k = triton.cdiv(steps, parts) * tile.BLOCK_K
@@ -192,10 +196,8 @@ def _launch(a, b, bias, activation, residual, z, out, split_k):
     parts = triton.cdiv(K, split_k) if split_k < K else 1
     ends = [each for each in (residual, z, out) if each is not None]
     if _suit_descriptors(a, b) and all(_rows_suit_descriptors(each) for each in ends):
-        # z and y leave through one buffer if their dtype is one; a residual comes in through one of its own.
-        buffers = {each.dtype for each in (z, out) if each is not None}
-        epilogue_bytes = sum(dtype.itemsize for dtype in buffers) + (0 if residual is None else residual.element_size())
-        tile = descriptor_tile(N, epilogue_bytes)
+        results = [each.dtype for each in (z, out) if each is not None]
+        tile = descriptor_tile(N, results, None if residual is None else residual.dtype)
         a_by_column, b_by_column = a.stride(1) != 1, b.stride(1) != 1
         whole = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)
         half = (tile.BLOCK_M, tile.BLOCK_N // 2)

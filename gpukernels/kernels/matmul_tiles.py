@@ -3,6 +3,7 @@
 So a row of a product has the same bits whatever stands in the other rows, and however many there are.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -39,17 +40,20 @@ def pointer_tile(dtype: torch.dtype) -> ProductTile:
     return _POINTER_SINGLE if dtype == torch.float32 else _POINTER
 
 
-def descriptor_tile(N: int, epilogue_bytes: int) -> ProductTile:
-    """The tile for a result of N columns, with `epilogue_bytes` of shared memory for each element that is stored."""
-    tile = _fitted(_DESCRIPTOR_WIDE, epilogue_bytes)
+def descriptor_tile(N: int, results: Iterable[torch.dtype], residual: torch.dtype | None = None) -> ProductTile:
+    """The tile for a result of N columns, stored in each of the dtypes `results`, with a residual of that dtype."""
+    # Halves of a tile leave through one buffer for each dtype; on sm_100 those of float32 through one each.
+    staged = sum(2 * dtype.itemsize if dtype == torch.float32 else dtype.itemsize for dtype in set(results))
+    staged += 0 if residual is None else residual.itemsize  # and a residual comes in through one of its own
+    tile = _fitted(_DESCRIPTOR_WIDE, staged)
     # With fewer than three stages the loads do not keep up.
-    return tile if N >= _WIDE and tile.num_stages >= 3 else _fitted(_DESCRIPTOR, epilogue_bytes)
+    return tile if N >= _WIDE and tile.num_stages >= 3 else _fitted(_DESCRIPTOR, staged)
 
 
-def _fitted(tile: ProductTile, epilogue_bytes: int) -> ProductTile:
-    """As many of the tile's stages as fit beside half a tile of results."""
+def _fitted(tile: ProductTile, staged: int) -> ProductTile:
+    """As many of the tile's stages as fit beside `staged` bytes for each element of half a tile."""
     stage = 2 * (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K
-    left = _SHARED_MEMORY - epilogue_bytes * tile.BLOCK_M * tile.BLOCK_N // 2
+    left = _SHARED_MEMORY - staged * tile.BLOCK_M * tile.BLOCK_N // 2
     return tile._replace(num_stages=min(tile.num_stages, left // stage))
 
 
