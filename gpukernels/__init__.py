@@ -7,6 +7,7 @@ array runs `numpy_ops`, a torch tensor runs `torch_ops`; importing this package 
 from gpukernels.ops import (
     ACTIVATIONS,
     attention,
+    decode_attention,
     embedding,
     layer_norm,
     linear,
@@ -18,6 +19,7 @@ from gpukernels.ops import (
 __all__ = [
     "ACTIVATIONS",
     "attention",
+    "decode_attention",
     "embedding",
     "layer_norm",
     "linear",

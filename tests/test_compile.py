@@ -36,15 +36,27 @@ def norms(width, dtype):
     backward([gpukernels.rms_norm(x, weight)], [x, weight])
 
 
+def decode_attention(heads, kv_heads, width, capacity, dtype):
+    q, cache = (
+        meta(1, heads, width, dtype=dtype, grad=False),
+        meta(1, kv_heads, capacity, width, dtype=dtype, grad=False),
+    )
+    lengths = meta(1, dtype=torch.int32, grad=False)
+    gpukernels.decode_attention(q, cache.transpose(1, 2), cache.transpose(1, 2), lengths)
+
+
 #: By name: what is launched, on sizes that models have. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
     "norms of GPT-2 XL": lambda: norms(1600, torch.bfloat16),
     "norms of rows wider than registers": lambda: norms(20000, torch.float32),
+    "decode attention of GPT-2": lambda: decode_attention(12, 12, 64, 1024, torch.float16),
+    "decode attention of Llama 3": lambda: decode_attention(32, 8, 128, 8192, torch.bfloat16),
+    "decode attention of wide heads": lambda: decode_attention(8, 4, 256, 8192, torch.float32),
 }
 
 #: Kernels whose products are the point: with 16-bit inputs each must use tensor cores.
-PRODUCTS: set[str] = set()
+PRODUCTS: set[str] = {"_decode_group_kernel"}
 #: Kernels that may spill more, and why.
 SPILLING: dict[str, tuple[int, str]] = {}
 

@@ -30,9 +30,15 @@ def norm_calls(kind):
         yield f"{name}_backward", (dy, None, s, weight, mean, rstd, 1e-5, [False, True, False])
 
 
+def decode_attention_calls(kind):
+    q, cache, lengths = kind.draw(2, 2, 20), kind.draw(2, 2, 9, 20).transpose(1, 2), kind.ints([9, 3])
+    yield "decode_attention", (q, cache, cache + 1, lengths, None, 0.2)
+    yield "decode_attention", (q, cache, cache + 1, lengths.long(), 4, 0.2)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind)]
+    return [*norm_calls(kind), *decode_attention_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -72,3 +78,10 @@ def test_compiled_whole_and_differentiated_with_any_gradient(name, layout):
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for eager, other in zip(*results, strict=True):
         torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
+
+
+def test_decode_attention_compiled_whole():
+    (q, k, v, lengths, *_), *_ = (arguments for _, arguments in decode_attention_calls(SINGLE))
+    compiled = torch.compile(library.decode_attention, fullgraph=True, backend="aot_eager")
+    want = library.decode_attention(q, k, v, lengths, window=4)
+    torch.testing.assert_close(compiled(q, k, v, lengths, window=4), want, rtol=RTOL, atol=ATOL)

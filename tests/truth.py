@@ -115,6 +115,11 @@ def true_attention(q, k, v, *, causal=True, window=None, lengths=None, scale=Non
     return Truth(value, magnitude, max(width, keys))
 
 
+def true_decode_attention(q, k, v, lengths, *, window=None, scale=None):
+    value, magnitude, length = true_attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)
+    return Truth(value[:, 0], magnitude[:, 0], length)
+
+
 def true_embedding(ids, weight, *, positions=None, position_weight=None, dtype=None):
     one, other = weight[ids], 0 if positions is None else position_weight[positions]
     return Truth(one + other, abs(one) + abs(other), 1)

@@ -5,6 +5,7 @@ on fake tensors and with autograd; on CPU tensors it runs plain torch, or the ke
 interprets them (TRITON_INTERPRET=1).
 """
 
+from gpukernels.library.decode_attention import decode_attention
 from gpukernels.library.norm import layer_norm, rms_norm
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["decode_attention", "layer_norm", "rms_norm"]

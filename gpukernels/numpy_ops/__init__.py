@@ -6,9 +6,9 @@ prefill the products are BLAS's, so what stands between them works in place, on 
 stay in a core's cache.
 """
 
-from gpukernels.numpy_ops.attention import attention
+from gpukernels.numpy_ops.attention import attention, decode_attention
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
 from gpukernels.numpy_ops.pointwise import embedding
 
-__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = ["attention", "decode_attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]

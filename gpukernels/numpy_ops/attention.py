@@ -62,6 +62,10 @@ def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
     return out.astype(q.dtype, copy=False)
 
 
+def decode_attention(q, k, v, lengths, *, window=None, scale=None):
+    return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]
+
+
 def _attend_one(q, k, v, out):
     """One query (H, D) over keys and values (n, Hkv, D) that it all sees: a decode step's share."""
     kv_heads, width = k.shape[1:]

@@ -13,10 +13,20 @@ A weight may be narrower than `x` (float16 storage under float32 activations): i
 as it is used.
 """
 
-from gpukernels.ops.attention import attention
+from gpukernels.ops.attention import attention, decode_attention
 from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.matmul import linear, matmul, norm_linear
 from gpukernels.ops.norm import layer_norm, rms_norm
 from gpukernels.ops.pointwise import embedding
 
-__all__ = ["ACTIVATIONS", "attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "attention",
+    "decode_attention",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+]

@@ -4,9 +4,9 @@ These are the baseline of the benchmarks and, in float64, the truth of the kerne
 what is meant in the fewest steps. `gpukernels.ops` has the contracts and has checked the arguments.
 """
 
-from gpukernels.torch_ops.attention import attention
+from gpukernels.torch_ops.attention import attention, decode_attention
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
 from gpukernels.torch_ops.pointwise import embedding
 
-__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = ["attention", "decode_attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]

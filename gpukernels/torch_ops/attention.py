@@ -34,3 +34,7 @@ def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
     scores = torch.where(visible.any(-1, keepdim=True), scores, 0)
     weights = torch.where(visible, torch.softmax(scores, -1), 0)
     return (weights @ v).transpose(1, 2).contiguous().to(dtype)
+
+
+def decode_attention(q, k, v, lengths, *, window=None, scale=None):
+    return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]

@@ -1,0 +1,1 @@
+"""Attention. `decode.py`: one query a row, over a cache."""
