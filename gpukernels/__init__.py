@@ -14,6 +14,8 @@ from gpukernels.ops import (
     matmul,
     norm_linear,
     rms_norm,
+    sample,
+    uniform,
 )
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "matmul",
     "norm_linear",
     "rms_norm",
+    "sample",
+    "uniform",
 ]
 
 __version__ = "0.1.0"

@@ -7,5 +7,6 @@ interprets them (TRITON_INTERPRET=1).
 
 from gpukernels.library.decode_attention import decode_attention
 from gpukernels.library.norm import layer_norm, rms_norm
+from gpukernels.library.sampling import sample, uniform
 
-__all__ = ["decode_attention", "layer_norm", "rms_norm"]
+__all__ = ["decode_attention", "layer_norm", "rms_norm", "sample", "uniform"]

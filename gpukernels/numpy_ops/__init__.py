@@ -10,5 +10,17 @@ from gpukernels.numpy_ops.attention import attention, decode_attention
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
 from gpukernels.numpy_ops.pointwise import embedding
+from gpukernels.numpy_ops.sampling import sample, uniform
 
-__all__ = ["attention", "decode_attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+    "sample",
+    "uniform",
+]

@@ -18,6 +18,7 @@ from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.matmul import linear, matmul, norm_linear
 from gpukernels.ops.norm import layer_norm, rms_norm
 from gpukernels.ops.pointwise import embedding
+from gpukernels.ops.sampling import sample, uniform
 
 __all__ = [
     "ACTIVATIONS",
@@ -29,4 +30,6 @@ __all__ = [
     "matmul",
     "norm_linear",
     "rms_norm",
+    "sample",
+    "uniform",
 ]

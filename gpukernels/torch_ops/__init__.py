@@ -8,5 +8,17 @@ from gpukernels.torch_ops.attention import attention, decode_attention
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
 from gpukernels.torch_ops.pointwise import embedding
+from gpukernels.torch_ops.sampling import sample, uniform
 
-__all__ = ["attention", "decode_attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "attention",
+    "decode_attention",
+    "embedding",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+    "sample",
+    "uniform",
+]
