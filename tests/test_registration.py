@@ -36,9 +36,17 @@ def decode_attention_calls(kind):
     yield "decode_attention", (q, cache, cache + 1, lengths.long(), 4, 0.2)
 
 
+def sample_calls(kind):
+    logits, floats = kind.draw(3, 20), [SINGLE.array([0.0, 0.5, 0.9]) for _ in range(4)]
+    ints, seen = kind.ints([2, 0, 1]), kind.draw(3, 20) > 0
+    yield "sample", (logits, *[None] * 10)
+    yield "sample", (logits, floats[0], ints, *floats[1:3], floats[3] + 0.5, seen, floats[0], None, None, None)
+    yield "sample", (logits, floats[0], None, None, None, None, None, None, ints.long(), ints, ints)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind), *decode_attention_calls(kind)]
+    return [*norm_calls(kind), *decode_attention_calls(kind), *sample_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -85,3 +93,10 @@ def test_decode_attention_compiled_whole():
     compiled = torch.compile(library.decode_attention, fullgraph=True, backend="aot_eager")
     want = library.decode_attention(q, k, v, lengths, window=4)
     torch.testing.assert_close(compiled(q, k, v, lengths, window=4), want, rtol=RTOL, atol=ATOL)
+
+
+def test_sample_compiled_whole():
+    logits, temperature = SINGLE.draw(3, 20), SINGLE.array([0.0, 0.5, 0.9])
+    compiled = torch.compile(library.sample, fullgraph=True, backend="aot_eager")
+    options = {"temperature": temperature, "top_p": temperature, "uniforms": temperature}
+    assert torch.equal(compiled(logits, **options), library.sample(logits, **options))

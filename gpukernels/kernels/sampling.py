@@ -26,11 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import rows
 from gpukernels.numpy_ops.sampling import COLDEST, EXP2, HOTTEST, LOG2_E, UNIFORM_BITS, WEIGHT_BITS
 
 # Elements at a time, warps: chosen from the compile report, not yet measured.
-_BLOCK, _WARPS = 8192, 16
+_BLOCK, _WARPS = 4096, 16
 
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = map(tl.constexpr, EXP2)
 _COLDEST, _HOTTEST, _LOG2_E = map(tl.constexpr, (COLDEST, HOTTEST, LOG2_E))
@@ -100,7 +99,7 @@ def _total(
     """The weight (COUNT: the number) of all that `_kept` keeps, and how many are within `limit`."""
     weight, near = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
     whole = V // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=4):
         more, nearer = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, COUNT)
         weight += more
         near += nearer
@@ -129,6 +128,21 @@ def _search(
 
 
 @triton.jit
+def _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK: tl.constexpr):
+    """The block in which the sum of weights, in the order of the vocabulary, passes `target`; the sum before it."""
+    block, before, so_far = 0, tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+    whole = V // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=4):
+        here = so_far <= target
+        block, before = tl.where(here, start, block), tl.where(here, so_far, before)
+        weight, _within = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, False)
+        so_far += tl.sum(weight, 0)
+    # Where the target is not passed by now, it is in what is left.
+    here = so_far <= target
+    return tl.where(here, whole, block), tl.where(here, so_far, before)
+
+
+@triton.jit
 def _part(whole, part, more):
     """(whole * part + more) // 2^24 where the product needs more than 64 bits."""
     low = whole & (_UNIFORMS - 1)
@@ -152,7 +166,7 @@ def _sample_kernel(
     whole = V // BLOCK * BLOCK
 
     best, place = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=4):
         best, place = _better(x_ptr, seen_ptr, penalty, start, V, best, place, BLOCK, True)
     if whole < V:
         best, place = _better(x_ptr, seen_ptr, penalty, whole, V, best, place, BLOCK, False)
@@ -168,10 +182,10 @@ def _sample_kernel(
             if top_k_ptr is not None:
                 k = tl.load(top_k_ptr + row).to(tl.int64)
                 if (k > 0) & (k < V):
-                    limit, _, near = _search(
+                    limit, _count, near = _search(
                         x_ptr, seen_ptr, penalty, V, peak, rate, k, limit, V.to(tl.int64), near, BLOCK, True
                     )
-            total, _ = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
+            total, _near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
             if top_p_ptr is not None:
                 part = (tl.load(top_p_ptr + row) * _UNIFORMS).to(tl.int64)
                 if part < _UNIFORMS:
@@ -181,24 +195,18 @@ def _sample_kernel(
                     )
             if min_p_ptr is not None:
                 least = tl.ceil(tl.load(min_p_ptr + row) * _HEAVIEST).to(tl.int64)
-                total, _ = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
+                total, _near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
 
             if uniform_ptr is not None:
                 draw = (tl.load(uniform_ptr + row) * _UNIFORMS).to(tl.int64)
             else:
                 stream, step = tl.load(stream_ptr + row).to(tl.int32), tl.load(step_ptr + row).to(tl.int32)
-                draw, _, _, _ = tl.philox(tl.load(seed_ptr + row).to(tl.int64), step, stream, 0, 0)
+                draw, _second, _third, _fourth = tl.philox(tl.load(seed_ptr + row).to(tl.int64), step, stream, 0, 0)
                 draw = (draw >> (32 - _UNIFORM_BITS)).to(tl.int64)
             target = _part(total, draw, 0)
 
-            # The block in which the sum of weights, in the order of the vocabulary, passes the target.
-            block, before, so_far = 0, tl.zeros((), tl.int64), tl.zeros((), tl.int64)
-            for start in range(0, V, BLOCK):
-                weight, _ = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, False, False)
-                here = so_far <= target
-                block, before = tl.where(here, start, block), tl.where(here, so_far, before)
-                so_far += tl.sum(weight, 0)
-            weight, _ = _kept(x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, False)
+            block, before = _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK)
+            weight, _within = _kept(x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, False)
             token = block + tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
     tl.store(token_ptr + row, tl.where(finite, token, -1).to(tl.int64))
 
@@ -206,8 +214,8 @@ def _sample_kernel(
 def sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, uniforms, seed, stream, step):
     """(B,) int64. The contract is that of `gpukernels.sample`."""
     B, V = logits.shape
-    logits = rows(logits)
-    seen = None if seen is None else rows(seen.view(torch.uint8))
+    logits = _unit_stride(logits)
+    seen = None if seen is None else _unit_stride(seen.view(torch.uint8))
     options = (temperature, top_k, top_p, min_p, repetition_penalty, seen, uniforms, seed, stream, step)
     temperature, top_k, top_p, min_p, penalty, seen, uniforms, seed, stream, step = (
         each.float().contiguous() if each is not None and each.is_floating_point() else each for each in options
@@ -220,3 +228,8 @@ def sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, u
         BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(V))), num_warps=_WARPS,
     )  # fmt: skip
     return tokens
+
+
+def _unit_stride(x):
+    """x (B, V) with neighbouring elements in a row; padding behind the rows may stay, and keeps them aligned."""
+    return x if x.stride(1) == 1 else x.contiguous()
