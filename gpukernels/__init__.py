@@ -10,6 +10,7 @@ from gpukernels.ops import (
     attention,
     cross_entropy,
     cross_entropy_with_gradient,
+    decode_attention,
     embedding,
     layer_norm,
     linear,
@@ -17,6 +18,8 @@ from gpukernels.ops import (
     matmul,
     norm_linear,
     rms_norm,
+    sample,
+    uniform,
 )
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "cross_entropy_with_gradient",
+    "decode_attention",
     "embedding",
     "layer_norm",
     "linear",
@@ -32,6 +36,8 @@ __all__ = [
     "matmul",
     "norm_linear",
     "rms_norm",
+    "sample",
+    "uniform",
 ]
 
 __version__ = "0.1.0"

@@ -1,9 +1,7 @@
 """From logits to a token: penalties, thresholds, and a draw that a seed fixes.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, each on what the one
-before it left. Each of the last three is a threshold, so tokens that tie there are all kept. The draw
-inverts the cumulative distribution in the order of the vocabulary at a given uniform number, so that
-any implementation with the same numbers makes the same choice.
+`gpukernels.sample` says what is chosen, and does it; here are the settings as a user writes them, and
+one row on the host.
 """
 
 import math
@@ -12,9 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import gpukernels
 from model.errors import ModelError
-
-_MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -62,53 +59,33 @@ def choose(logits: np.ndarray, sampling: Sampling, uniform: float, seen: Collect
 
     Raises ModelError where the logits are not finite.
     """
+    options = {}
     if sampling.repetition_penalty != 1.0 and len(seen):
-        logits = logits.copy()
-        ids = np.fromiter((token for token in seen if token < logits.size), np.int64)
-        values = logits[ids]
-        penalty = np.float32(sampling.repetition_penalty)
-        logits[ids] = np.where(values < 0, values * penalty, values / penalty)
-    best = int(logits.argmax())
-    if not math.isfinite(logits[best]):
-        raise ModelError(f"the model's logits are not finite ({logits[best]}): its weights or activations overflowed")
-    if sampling.temperature == 0:
-        return best
-    kept = np.cumsum(probabilities(logits, sampling))
-    return int(np.searchsorted(kept, uniform * kept[-1], side="right"))
-
-
-def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What temperature, top-k, top-p and min-p leave of softmax(logits), (V,) float64, summing to 1."""
-    # Relative to the largest first: a tiny temperature then gives -inf, not an overflow.
-    with np.errstate(over="ignore"):
-        scaled = (logits - logits.max()).astype(np.float64) / sampling.temperature
-    if sampling.top_k and sampling.top_k < scaled.size:
-        threshold = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        scaled[scaled < threshold] = -np.inf
-    kept = np.exp(scaled)
-    kept /= kept.sum()
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered = np.sort(kept)[::-1]
-        count = int(np.searchsorted(np.cumsum(ordered), sampling.top_p))
-        kept[kept < ordered[min(count, ordered.size - 1)]] = 0
-    if sampling.min_p:
-        kept[kept < sampling.min_p * kept.max()] = 0
-    return kept / kept.sum()
+        is_seen = np.zeros((1, logits.size), bool)
+        is_seen[0, [token for token in seen if token < logits.size]] = True
+        options = {"seen": is_seen, "repetition_penalty": _one(sampling.repetition_penalty)}
+    if sampling.temperature:
+        options["temperature"] = _one(sampling.temperature)
+        options["uniforms"] = _one(uniform)
+        for name in ("top_p", "min_p"):
+            if getattr(sampling, name) is not None:
+                options[name] = _one(getattr(sampling, name))
+        if sampling.top_k:
+            options["top_k"] = np.array([min(sampling.top_k, logits.size)])
+    token = int(gpukernels.sample(logits[None], **options)[0])
+    if token < 0:
+        raise ModelError(f"the model's logits are not finite ({logits.max()}): its weights or activations overflowed")
+    return token
 
 
 def uniform(seed: int, stream: int, step: int) -> float:
-    """A number in [0, 1), a multiple of 2**-24, from (seed, stream, step) and nothing else.
+    """A number in [0, 1), a multiple of 2**-24, from (seed, stream, step) and nothing else: `gpukernels.uniform`."""
+    numbers = (np.array([number & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int64) for number in (seed, stream, step))
+    return float(gpukernels.uniform(*numbers)[0])
 
-    Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), as Triton's
-    `tl.philox(seed, step, stream, 0, 0)`: key (seed low, seed high), the first of its four words.
-    """
-    c0, c1, c2, c3 = step & _MASK, stream & _MASK, 0, 0
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & _MASK, (a >> 32) ^ c3 ^ k1, a & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return (c0 >> 8) * 2.0**-24
+
+def _one(value: float) -> np.ndarray:
+    return np.array([value], np.float64)
 
 
 def _number(value) -> bool:

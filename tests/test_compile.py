@@ -25,6 +25,7 @@ PRODUCTS = {
     "_attention_backward_keys_kernel",
     "_attention_backward_queries_kernel",
     "_attention_forward_kernel",
+    "_decode_group_kernel",
     "_few_rows_kernel",
     "_product_descriptor_kernel",
     "_product_kernel",

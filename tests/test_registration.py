@@ -95,11 +95,25 @@ def adamw_calls(kind):
     yield "adamw", (p, g, m, v, master, step, rate, rate, 0.9, 0.999, 1e-8, 0.0, 20)
 
 
+def decode_attention_calls(kind):
+    q, cache, lengths = kind.draw(2, 2, 20), kind.draw(2, 2, 9, 20).transpose(1, 2), kind.ints([9, 3])
+    yield "decode_attention", (q, cache, cache + 1, lengths, None, 0.2)
+    yield "decode_attention", (q, cache, cache + 1, lengths.long(), 4, 0.2)
+
+
+def sample_calls(kind):
+    logits, floats = kind.draw(3, 20), [SINGLE.array([0.0, 0.5, 0.9]) for _ in range(4)]
+    ints, seen = kind.ints([2, 0, 1]), kind.draw(3, 20) > 0
+    yield "sample", (logits, *[None] * 10)
+    yield "sample", (logits, floats[0], ints, *floats[1:3], floats[3] + 0.5, seen, floats[0], None, None, None)
+    yield "sample", (logits, floats[0], None, None, None, None, None, None, ints.long(), ints, ints)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
     families = (
         *(norm_calls, attention_calls, product_calls, few_rows_calls),
-        *(loss_calls, linear_loss_calls, adamw_calls),
+        *(loss_calls, linear_loss_calls, adamw_calls, decode_attention_calls, sample_calls),
     )
     return [call for family in families for call in family(kind)]
 
@@ -202,3 +216,17 @@ def test_an_update_in_place_is_compiled_whole():
         runs.append([run(*arrays), *arrays])
     for eager, other in zip(*runs, strict=True):
         torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
+
+
+def test_decode_attention_compiled_whole():
+    (q, k, v, lengths, *_), *_ = (arguments for _, arguments in decode_attention_calls(SINGLE))
+    compiled = torch.compile(library.decode_attention, fullgraph=True, backend="aot_eager")
+    want = library.decode_attention(q, k, v, lengths, window=4)
+    torch.testing.assert_close(compiled(q, k, v, lengths, window=4), want, rtol=RTOL, atol=ATOL)
+
+
+def test_sample_compiled_whole():
+    logits, temperature = SINGLE.draw(3, 20), SINGLE.array([0.0, 0.5, 0.9])
+    compiled = torch.compile(library.sample, fullgraph=True, backend="aot_eager")
+    options = {"temperature": temperature, "top_p": temperature, "uniforms": temperature}
+    assert torch.equal(compiled(logits, **options), library.sample(logits, **options))

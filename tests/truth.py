@@ -131,6 +131,11 @@ def true_attention(
     return out, Truth(lse, lse_magnitude, max(width, keys), wide=True)
 
 
+def true_decode_attention(q, k, v, lengths, *, window=None, scale=None):
+    whole = true_attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)
+    return Truth(whole.value[:, 0], whole.magnitude[:, 0], whole.length)
+
+
 def true_embedding(ids, weight, *, positions=None, position_weight=None, dtype=None):
     one, other = weight[ids], 0 if positions is None else position_weight[positions]
     return Truth(one + other, abs(one) + abs(other), 1)

@@ -108,6 +108,25 @@ def optimizers(dtype):
     gpukernels.adamw(parameter, gradient, first, second, **options, master=master, gradient_scale=rate)
 
 
+def decode_attention(heads, kv_heads, width, capacity, dtype):
+    q, cache = (
+        meta(1, heads, width, dtype=dtype, grad=False),
+        meta(1, kv_heads, capacity, width, dtype=dtype, grad=False),
+    )
+    lengths = meta(1, dtype=torch.int32, grad=False)
+    gpukernels.decode_attention(q, cache.transpose(1, 2), cache.transpose(1, 2), lengths)
+
+
+def sample(vocabulary, padded, dtype, *, draw):
+    logits = meta(1, padded, dtype=dtype, grad=False)[:, :vocabulary]
+    floats = meta(1, dtype=torch.float32, grad=False)
+    integers = meta(1, dtype=torch.int32, grad=False)
+    options = dict.fromkeys(("temperature", "top_p", "min_p"), floats) if draw else {}
+    options |= dict.fromkeys(("top_k", "seed", "stream", "step"), integers) if draw else {}
+    seen = meta(1, padded, dtype=torch.bool, grad=False)[:, :vocabulary]
+    gpukernels.sample(logits, **options, repetition_penalty=floats, seen=seen)
+
+
 #: By name: what is launched. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
@@ -134,4 +153,10 @@ WORKLOADS = {
     "linear loss of GPT-2": lambda: linear_losses(torch.bfloat16),
     "AdamW of GPT-2": lambda: optimizers(torch.float32),
     "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
+    "decode attention of GPT-2": lambda: decode_attention(12, 12, 64, 1024, torch.float16),
+    "decode attention of Llama 3": lambda: decode_attention(32, 8, 128, 8192, torch.bfloat16),
+    "decode attention of wide heads": lambda: decode_attention(8, 4, 256, 8192, torch.float32),
+    "sampling for GPT-2": lambda: sample(50257, 50304, torch.float16, draw=True),
+    "sampling for Llama 3": lambda: sample(128256, 128256, torch.float32, draw=True),
+    "greedy choice for GPT-2": lambda: sample(50257, 50304, torch.float32, draw=False),
 }

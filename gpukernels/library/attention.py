@@ -1,4 +1,7 @@
-"""`attention` as a torch op, which returns the result and the log-sum-exp that its backward op needs."""
+"""`attention` as a torch op, which returns the result and the log-sum-exp that its backward op needs.
+
+One query a row over a cache, without a gradient, goes to `decode_attention`.
+"""
 
 import math
 
@@ -7,7 +10,8 @@ import torch
 from gpukernels.kernels.attention.backward import attention_backward
 from gpukernels.kernels.attention.blocks import document_bounds
 from gpukernels.kernels.attention.forward import attention_forward
-from gpukernels.library.registry import define, differentiate, empty
+from gpukernels.library.decode_attention import decode_attention
+from gpukernels.library.registry import define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.attention import attention as plain_attention
 
 WIDEST = 256  # wider heads run plain torch
@@ -149,6 +153,9 @@ def attention(
     if q.shape[3] > WIDEST:
         options = {"window": window, "lengths": lengths, "documents": documents, "scale": scale}
         return plain_attention(q, k, v, causal=causal, **options, return_lse=return_lse)
+    decodes = q.shape[1] == 1 and causal and lengths is not None and documents is None and not return_lse
+    if decodes and not wants_gradient(q, k, v):
+        return decode_attention(q[:, 0], k, v, lengths, window=window, scale=scale)[:, None]
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     bounds = None if documents is None else _document_bounds(documents)
     out, lse = _attention(q, k, v, lengths, bounds, scale, causal, window or 0)

@@ -13,7 +13,7 @@ from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.matmul_backward import linear_backward
 from gpukernels.library.few_rows import few_rows
 from gpukernels.library.norm import layer_norm
-from gpukernels.library.registry import define, differentiate, empty
+from gpukernels.library.registry import define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.pointwise import ACTIVATIONS
 
 _ATEN = torch.ops.aten
@@ -128,16 +128,14 @@ FEW = 64
 
 def _is_few(x, *others) -> bool:
     """Whether `few_rows` can have this call: it has no gradient."""
-    if x.shape[:-1].numel() > FEW:
-        return False
-    return not (torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, *others)))
+    return x.shape[:-1].numel() <= FEW and not wants_gradient(x, *others)
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
     if _is_few(x, weight, bias, residual):
         return few_rows(x, weight, bias, activation=activation, residual=residual)
-    wanted = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias))
-    return _linear(x, weight, bias, activation, residual, wanted and activation is not None)[0]
+    save_z = activation is not None and wants_gradient(x, weight, bias)
+    return _linear(x, weight, bias, activation, residual, save_z)[0]
 
 
 def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):

@@ -38,6 +38,11 @@ def differentiate(op: Callable, setup_context: Callable, backward: Callable) -> 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
 
 
+def wants_gradient(*arrays: torch.Tensor | None) -> bool:
+    """Whether a call with these arrays will be differentiated."""
+    return torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays)
+
+
 def _on_its_device(launch: Callable) -> Callable:
     """Triton launches on torch's current device, and the tensors may be on another."""
 

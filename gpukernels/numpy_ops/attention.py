@@ -46,6 +46,10 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def decode_attention(q, k, v, lengths, *, window=None, scale=None):
+    return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]
+
+
 def _documents(documents: np.ndarray, length: int) -> Iterable[tuple[int, int]]:
     """Where each run of equal numbers starts and stops."""
     borders = np.flatnonzero(np.diff(documents[:length])) + 1

@@ -13,13 +13,37 @@ A weight may be narrower than `x` (float16 storage under float32 activations): i
 as it is used.
 """
 
-from gpukernels.ops.attention import attention
-from gpukernels.ops.checks import ACTIVATIONS
-from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
-from gpukernels.ops.matmul import linear, matmul, norm_linear
-from gpukernels.ops.norm import layer_norm, rms_norm
-from gpukernels.ops.optimizer import adamw
-from gpukernels.ops.pointwise import embedding
+from gpukernels.ops.attention import (
+    attention,
+    decode_attention,
+)
+from gpukernels.ops.checks import (
+    ACTIVATIONS,
+)
+from gpukernels.ops.loss import (
+    cross_entropy,
+    cross_entropy_with_gradient,
+    linear_cross_entropy,
+)
+from gpukernels.ops.matmul import (
+    linear,
+    matmul,
+    norm_linear,
+)
+from gpukernels.ops.norm import (
+    layer_norm,
+    rms_norm,
+)
+from gpukernels.ops.optimizer import (
+    adamw,
+)
+from gpukernels.ops.pointwise import (
+    embedding,
+)
+from gpukernels.ops.sampling import (
+    sample,
+    uniform,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -27,6 +51,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "cross_entropy_with_gradient",
+    "decode_attention",
     "embedding",
     "layer_norm",
     "linear",
@@ -34,4 +59,6 @@ __all__ = [
     "matmul",
     "norm_linear",
     "rms_norm",
+    "sample",
+    "uniform",
 ]

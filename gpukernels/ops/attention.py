@@ -4,7 +4,16 @@ import math
 
 import numpy as np
 
-from gpukernels.ops.checks import Array, check_floats, check_integers, check_shape, dtype_name, implementation, shape
+from gpukernels.ops.checks import (
+    Array,
+    check_floats,
+    check_integers,
+    check_no_gradient,
+    check_shape,
+    dtype_name,
+    implementation,
+    shape,
+)
 
 
 def attention(
@@ -60,33 +69,92 @@ def attention(
     batch, new, heads, width = q.shape
     if heads == 0 or width == 0:
         raise ValueError(f"attention: q must be (B, T, H, D) with H and D of 1 or more, got {shape(q)}")
-    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != width:
-        raise ValueError(f"attention: k must be ({batch}, S, Hkv, {width}) to match q, got {shape(k)}")
-    if k.shape[2] == 0 or heads % k.shape[2]:
-        raise ValueError(f"attention: k's heads must divide the {heads} heads of q, got {k.shape[2]}")
-    check_shape("attention", "v", v, tuple(k.shape), "to match k")
-    for name, array in (("k", k), ("v", v)):
-        if array.dtype != q.dtype:
-            raise TypeError(
-                f"attention: {name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(array.dtype)}"
-            )
-    if window is not None and not (isinstance(window, int) and window >= 1):
-        raise ValueError(f"attention: window must be a whole number, 1 or more, got {window!r}")
+    _check_keys("attention", q, k, v)
+    _check_window("attention", window)
     if window is not None and not causal:
         raise ValueError("attention: window needs causal=True")
     if lengths is None:
         if causal and new > k.shape[1]:
             raise ValueError(f"attention: q has {new} positions but k only {k.shape[1]}; pass lengths for padding")
     else:
-        check_shape("attention", "lengths", lengths, (batch,), "one length for each row")
-        check_integers("attention", "lengths", lengths)
-        if isinstance(lengths, np.ndarray) and lengths.size and not 0 <= lengths.min() <= lengths.max() <= k.shape[1]:
-            raise ValueError(f"attention: lengths must be 0 to {k.shape[1]}, got {lengths.min()} to {lengths.max()}")
+        _check_lengths("attention", lengths, batch, k.shape[1])
     if documents is not None:
         check_shape("attention", "documents", documents, (batch, k.shape[1]), "one number for each key")
         check_integers("attention", "documents", documents)
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"attention: scale must be a number above 0, got {scale!r}")
+    _check_scale("attention", scale)
     return run.attention(
         q, k, v, causal=causal, window=window, lengths=lengths, documents=documents, scale=scale, return_lse=return_lse
     )
+
+
+def decode_attention(
+    q: Array, k: Array, v: Array, lengths: Array, *, window: int | None = None, scale: float | None = None
+) -> Array:
+    """`attention` for one new token a row: what a decode step asks of its cache. No gradient.
+
+    out = softmax(scale * q @ k.T + mask) @ v, by head. The query of row b stands at position
+    lengths[b] - 1. It sees the keys j < lengths[b]; with `window`, those with j > lengths[b] - 1 - window.
+    Where nothing is seen, the result is 0. Key-value head h serves the query heads h * H/Hkv to
+    (h + 1) * H/Hkv - 1.
+
+    Args:
+        q: (B, H, D), D of 1 to 256.
+        k, v: (B, S, Hkv, D), Hkv a divisor of H, S the capacity of the cache. A cache that is stored as
+            (B, Hkv, S, D) is passed as its transposed view. What lies past a row's length is not read.
+        lengths: (B,) int32 or int64, the keys in use of each row, 0 to S. NumPy checks the values;
+            torch does not (that would wait for the device).
+        window: how many keys, the query's own included, are seen at most.
+        scale: what the scores are multiplied by, above 0; default 1 / sqrt(D).
+
+    Returns:
+        (B, H, D), contiguous, of q's dtype.
+
+    Raises:
+        TypeError: arrays of different kinds, dtypes that do not match, `lengths` not integers.
+        ValueError: shapes that do not match, a window below 1, a scale that is not above 0, tensors
+            that ask for a gradient.
+
+    Numerics: as `attention`. On CUDA a row's bits depend on the row, the heads and the device alone:
+    not on its neighbours, nor on the capacity.
+    Cost: one read of the keys and values in use. Source: Dao et al., "Flash-Decoding", 2023.
+    """
+    run = implementation("decode_attention", {"q": q, "k": k, "v": v, "lengths": lengths})
+    check_floats("decode_attention", q=q, k=k, v=v)
+    if q.ndim != 3 or q.shape[1] == 0 or not 1 <= q.shape[2] <= 256:
+        raise ValueError(f"decode_attention: q must be (B, H, D) with H of 1 or more and D of 1 to 256, got {shape(q)}")
+    _check_keys("decode_attention", q, k, v)
+    _check_window("decode_attention", window)
+    _check_lengths("decode_attention", lengths, q.shape[0], k.shape[1])
+    _check_scale("decode_attention", scale)
+    check_no_gradient("decode_attention", q=q, k=k, v=v)
+    return run.decode_attention(q, k, v, lengths, window=window, scale=scale)
+
+
+def _check_keys(op: str, q: Array, k: Array, v: Array) -> None:
+    """k and v against q, (B, ..., H, D)."""
+    batch, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[3] != width:
+        raise ValueError(f"{op}: k must be ({batch}, S, Hkv, {width}) to match q, got {shape(k)}")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"{op}: k's heads must divide the {heads} heads of q, got {k.shape[2]}")
+    check_shape(op, "v", v, tuple(k.shape), "to match k")
+    for name, array in (("k", k), ("v", v)):
+        if array.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(array.dtype)}")
+
+
+def _check_window(op: str, window: int | None) -> None:
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise ValueError(f"{op}: window must be a whole number, 1 or more, got {window!r}")
+
+
+def _check_lengths(op: str, lengths: Array, batch: int, keys: int) -> None:
+    check_shape(op, "lengths", lengths, (batch,), "one length for each row")
+    check_integers(op, "lengths", lengths)
+    if isinstance(lengths, np.ndarray) and lengths.size and not 0 <= lengths.min() <= lengths.max() <= keys:
+        raise ValueError(f"{op}: lengths must be 0 to {keys}, got {lengths.min()} to {lengths.max()}")
+
+
+def _check_scale(op: str, scale: float | None) -> None:
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"{op}: scale must be a number above 0, got {scale!r}")

@@ -106,6 +106,15 @@ def check_scalar(op: str, name: str, array, like) -> None:
         raise ValueError(f"{op}: {name} must be () or (1,), got {shape(array)}")
 
 
+def check_no_gradient(op: str, **arrays) -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, array in arrays.items():
+        if getattr(array, "requires_grad", False):
+            raise ValueError(f"{op}: {name} must not require a gradient, which this op has not; use torch.no_grad()")
+
+
 def check_norm(op: str, x, weight, bias, eps: float, weight_name: str, bias_name: str) -> None:
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must be (..., C) with C of 1 or more, got {shape(x)}")

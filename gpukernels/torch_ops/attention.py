@@ -45,3 +45,7 @@ def attention(
     if not return_lse:
         return out
     return out, torch.where(sees[..., 0], torch.logsumexp(scores, -1), -torch.inf).expand(batch, heads, new)
+
+
+def decode_attention(q, k, v, lengths, *, window=None, scale=None):
+    return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]

@@ -1,1 +1,4 @@
-"""Attention in the FlashAttention style: `forward.py`, then `backward.py`; `blocks.py` is what they share."""
+"""Attention in the FlashAttention style: `forward.py`, then `backward.py`; `blocks.py` is what they share.
+
+`decode.py`: one query a row, over a cache.
+"""

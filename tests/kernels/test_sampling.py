@@ -1,0 +1,127 @@
+"""The sampling kernel makes the choice that NumPy makes, in every row, always: no tolerance."""
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import DEVICE, HALF, KINDS, LAYOUTS, ids
+from sampling_cases import mixed, on
+from truth import host
+
+from gpukernels import numpy_ops, sample
+from gpukernels.kernels import sampling
+
+ROWS = 8
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(sampling, "_BLOCK", 16)
+
+
+def device(options):
+    return {name: on("torch", x, DEVICE) for name, x in options.items()}
+
+
+def check(logits, **options):
+    got = sample(on("torch", logits, DEVICE), **device(options))
+    assert got.dtype == torch.int64
+    np.testing.assert_array_equal(host(got), numpy_ops.sample(logits, **options))
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 32, 33])
+def test_every_option_on_and_off_by_row(size):
+    logits, options = mixed(size, ROWS, size)
+    check(logits, **options)
+
+
+@pytest.mark.parametrize(
+    "left_out", [("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p"), ("repetition_penalty", "seen")]
+)
+def test_options_left_out_for_all(left_out):
+    logits, options = mixed(1, ROWS, 35)
+    check(logits, **{name: x for name, x in options.items() if name not in left_out})
+
+
+@pytest.mark.parametrize("bits", [np.int32, np.int64])
+def test_seeds(bits):
+    logits, options = mixed(2, ROWS, 20)
+    del options["uniforms"]
+    random, most = np.random.default_rng(0), np.iinfo(bits).max
+    numbers = {name: random.integers(-most, most, ROWS).astype(bits) for name in ("seed", "stream", "step")}
+    options |= numbers | {"temperature": np.full(ROWS, 2, np.float32), "top_k": options["top_k"].astype(bits)}
+    check(logits, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_dtype_and_stride(kind, layout):
+    logits, options = mixed(3, 4, 39)
+    given = kind.array(logits)
+    want = numpy_ops.sample(host(given).astype(np.float32), **options)
+    options = device(options)
+    if layout != "contiguous":
+        wide = torch.ones(8, 50, dtype=torch.bool, device=DEVICE)
+        wide[::2, 5:44] = options["seen"]
+        options = {name: x.repeat_interleave(2)[::2] for name, x in options.items() if name != "seen"}
+        options["seen"] = wide[::2, 5:44]
+    if layout == "transposed":
+        options["seen"] = options["seen"].T.contiguous().T
+    np.testing.assert_array_equal(host(sample(LAYOUTS[layout](given), **options)), want)
+
+
+def test_greedy_takes_the_lowest_id_of_the_best():
+    logits = np.random.default_rng(0).integers(0, 4, (40, 50)).astype(np.float32)
+    logits[0], logits[1, ::2] = -0.0, -0.0
+    logits[1, 1::2] = 0.0
+    check(logits)
+    check(logits, temperature=np.zeros(40, np.float32), uniforms=np.full(40, np.nan, np.float32))
+
+
+@pytest.mark.parametrize("where", [0, 20, 34])
+def test_a_row_that_overflowed_is_minus_one_and_its_neighbours_are_not(where):
+    logits, options = mixed(4, 6, 35)
+    bad = np.array([np.nan, -np.nan, np.inf], np.float32)
+    logits[[0, 2, 4], where] = bad
+    logits[5] = -np.inf
+    options["seen"][:, where] = False
+    got = host(sample(on("torch", logits, DEVICE), **device(options)))
+    np.testing.assert_array_equal(got == -1, [True, False, True, False, True, True])
+    check(logits, **options)
+    check(logits)
+
+
+def test_with_the_block_as_it_is(monkeypatch):
+    monkeypatch.undo()
+    for size in (sampling._BLOCK - 1, 2 * sampling._BLOCK + 7):
+        logits, options = mixed(6, 3, size)
+        options["temperature"][:] = 1
+        check(logits, **options)
+
+
+def test_ties_fill_the_vocabulary():
+    """No search can tell the tokens apart: all are kept, and the draw divides them evenly."""
+    rows, size = 6, 40
+    draws = np.arange(rows, dtype=np.float32) / rows
+    options = {"temperature": np.ones(rows, np.float32), "uniforms": draws}
+    options |= {"top_k": np.full(rows, 3), "top_p": np.full(rows, 0.2, np.float32)}
+    check(np.full((rows, size), -7, np.float32), **options)
+    got = sample(on("torch", np.full((rows, size), -7, np.float32), DEVICE), **device(options))
+    np.testing.assert_array_equal(host(got), (draws.astype(np.float64) * size + 1e-4).astype(int))
+
+
+def test_the_same_every_time_and_whatever_the_neighbours():
+    logits, options = mixed(7, 8, 33)
+    given, numbers = HALF.array(logits), device(options)
+    together = sample(given, **numbers)
+    assert torch.equal(sample(given, **numbers), together)
+    for row in (0, 5):
+        alone = sample(given[row : row + 1], **{name: x[row : row + 1] for name, x in numbers.items()})
+        assert torch.equal(alone, together[row : row + 1])
+    assert sample(given[:0], **{name: x[:0] for name, x in numbers.items()}).shape == (0,)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="too much for an interpreter")
+def test_the_largest_vocabulary_does_not_overflow_the_sums(monkeypatch):
+    monkeypatch.undo()
+    x, one = torch.zeros(1, 2**22, device=DEVICE), torch.ones(1, device=DEVICE)
+    assert sample(x, temperature=one, uniforms=one - 2**-24, top_p=0.999 * one).item() == 2**22 - 1
