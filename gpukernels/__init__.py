@@ -8,22 +8,28 @@ from gpukernels.ops import (
     ACTIVATIONS,
     attention,
     embedding,
+    gelu,
     layer_norm,
     linear,
     matmul,
     norm_linear,
     rms_norm,
+    rope,
+    swiglu,
 )
 
 __all__ = [
     "ACTIVATIONS",
     "attention",
     "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "matmul",
     "norm_linear",
     "rms_norm",
+    "rope",
+    "swiglu",
 ]
 
 __version__ = "0.1.0"

@@ -41,3 +41,28 @@ def _norm_tile(table: dict, columns: int) -> NormTile:
             return NormTile(rows, max(16, triton.next_power_of_2(columns)), *rest)
     # Wider than registers: a loop over pieces of 4096.
     return NormTile(1, 4096, 8, 2)
+
+
+class PointwiseTile(NamedTuple):
+    BLOCK_M: int  # rows
+    BLOCK_N: int  # columns
+    num_warps: int
+
+
+def pointwise_tile(columns: int) -> PointwiseTile:
+    # 16 elements a thread: two 16-byte accesses of 16-bit values to each array. Chosen from the compile
+    # report, not yet measured.
+    across = min(2048, max(16, triton.next_power_of_2(columns)))
+    return PointwiseTile(2048 // across, across, 4)
+
+
+class RopeTile(NamedTuple):
+    BLOCK_H: int  # heads
+    num_warps: int
+
+
+def rope_tile(heads: int, pairs: int) -> RopeTile:
+    # 8 pairs a thread, two 16-byte loads of 16-bit values. Chosen from the compile report, not yet measured.
+    pairs = triton.next_power_of_2(pairs)
+    block = max(1, min(triton.next_power_of_2(heads), 1024 // pairs))
+    return RopeTile(block, max(1, min(4, block * pairs // 256)))

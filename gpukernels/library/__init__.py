@@ -6,5 +6,7 @@ interprets them (TRITON_INTERPRET=1).
 """
 
 from gpukernels.library.norm import layer_norm, rms_norm
+from gpukernels.library.pointwise import gelu, swiglu
+from gpukernels.library.rope import rope
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["gelu", "layer_norm", "rms_norm", "rope", "swiglu"]

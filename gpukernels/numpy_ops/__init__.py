@@ -9,6 +9,18 @@ stay in a core's cache.
 from gpukernels.numpy_ops.attention import attention
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
-from gpukernels.numpy_ops.pointwise import embedding
+from gpukernels.numpy_ops.pointwise import embedding, gelu, swiglu
+from gpukernels.numpy_ops.rope import rope
 
-__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "attention",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

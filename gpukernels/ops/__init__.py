@@ -6,8 +6,8 @@ variable. Every check stands here, before anything is allocated, so that all imp
 and refuse the same calls with the same words.
 
 Dimensions: B batch, T new positions, S key positions, H query heads, Hkv key-value heads, D head
-width, C model width, V vocabulary; matrices M, N, K. Weights are (out, in), as torch has them; any
-strides will do. Inputs are float16, float32, float64 (and bfloat16 for torch); statistics, sums and
+width, C model width, F feed-forward width, V vocabulary; matrices M, N, K. Weights are (out, in), as
+torch has them; any strides will do. Inputs are float16, float32, float64 (and bfloat16 for torch); statistics, sums and
 softmax are computed in float32 at least, and a result has the dtype of `x` (or `a`, or `q`).
 A weight may be narrower than `x` (float16 storage under float32 activations): it is widened, exactly,
 as it is used.
@@ -17,6 +17,19 @@ from gpukernels.ops.attention import attention
 from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.matmul import linear, matmul, norm_linear
 from gpukernels.ops.norm import layer_norm, rms_norm
-from gpukernels.ops.pointwise import embedding
+from gpukernels.ops.pointwise import embedding, gelu, swiglu
+from gpukernels.ops.rope import rope
 
-__all__ = ["ACTIVATIONS", "attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "attention",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

@@ -7,6 +7,18 @@ what is meant in the fewest steps. `gpukernels.ops` has the contracts and has ch
 from gpukernels.torch_ops.attention import attention
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
-from gpukernels.torch_ops.pointwise import embedding
+from gpukernels.torch_ops.pointwise import embedding, gelu, swiglu
+from gpukernels.torch_ops.rope import rope
 
-__all__ = ["attention", "embedding", "layer_norm", "linear", "matmul", "norm_linear", "rms_norm"]
+__all__ = [
+    "attention",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "norm_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]
