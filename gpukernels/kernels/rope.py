@@ -71,7 +71,7 @@ def rotate(x, positions, frequencies, *, interleaved, inverse):
     frequencies = frequencies.contiguous()
     half = frequencies.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = rope_tile(H, half)
+    tile = rope_tile(H, D)
     _rope_kernel[(B * T, triton.cdiv(H, tile.BLOCK_H))](
         x, positions, frequencies, y, T, H, *x.stride()[:3], *positions.stride(),
         D=D, HALF=half, SIGN=-1.0 if inverse else 1.0, INTERLEAVED=interleaved,

@@ -61,8 +61,9 @@ class RopeTile(NamedTuple):
     num_warps: int
 
 
-def rope_tile(heads: int, pairs: int) -> RopeTile:
-    # 8 pairs a thread, two 16-byte loads of 16-bit values. Chosen from the compile report, not yet measured.
-    pairs = triton.next_power_of_2(pairs)
-    block = max(1, min(triton.next_power_of_2(heads), 1024 // pairs))
-    return RopeTile(block, max(1, min(4, block * pairs // 256)))
+def rope_tile(heads: int, width: int) -> RopeTile:
+    # 16 pairs a thread, which are those of two heads: each sine and cosine that a thread makes is used
+    # twice. Chosen from the compile report, not yet measured.
+    width = triton.next_power_of_2(width)
+    block = max(1, min(triton.next_power_of_2(heads), 4096 // width))
+    return RopeTile(block, max(1, min(4, block * width // 1024)))

@@ -76,8 +76,8 @@ def gelu(x: Array, *, approximate: str = "tanh") -> Array:
         TypeError: x not a floating-point array.
         ValueError: another approximation.
 
-    Numerics: float32, rounded once. A finite x of any size gives a finite result and gradient; minus
-    infinity gives NaN, as the formulas do.
+    Numerics: float32, rounded once. A finite x of any size gives a finite result and gradient; an infinite
+    one what the formulas make of it (minus infinity: 0 times infinity, NaN).
     Cost: one read of x and one write; backward reads x and dy again. Source: Hendrycks and Gimpel, arXiv 1606.08415.
     """
     run = implementation("gelu", {"x": x})
