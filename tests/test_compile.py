@@ -36,17 +36,46 @@ def norms(width, dtype):
     backward([gpukernels.rms_norm(x, weight)], [x, weight])
 
 
+def gelus(width, dtype):
+    x = meta(8, 1024, width, dtype=dtype)
+    for approximate in ("tanh", "none"):
+        backward([gpukernels.gelu(x, approximate=approximate)], [x])
+
+
+def swiglus(width, dtype):
+    gate, up = meta(4, 2048, 2 * width, dtype=dtype).chunk(2, -1)
+    backward([gpukernels.swiglu(gate, up)], [gate, up])
+
+
+def turns(shape, dtype, **options):
+    """Queries and keys of a packed projection."""
+    batch, new, _, heads, width = shape
+    qkv, positions = meta(*shape, dtype=dtype), meta(batch, new, dtype=torch.int64, grad=False)
+    q = qkv[:, :, :2].reshape(batch, new, 2 * heads, width)
+    backward([gpukernels.rope(q, positions, **options)], [q])
+
+
 #: By name: what is launched, on sizes that models have. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
     "norms of GPT-2 XL": lambda: norms(1600, torch.bfloat16),
     "norms of rows wider than registers": lambda: norms(20000, torch.float32),
+    "GELU of GPT-2": lambda: gelus(3072, torch.float16),
+    "SwiGLU of LLaMA-2 7B, packed": lambda: swiglus(11008, torch.bfloat16),
+    "RoPE of LLaMA-2 7B": lambda: turns((2, 4096, 3, 32, 128), torch.bfloat16),
+    "RoPE of LLaMA-2 7B, one position": lambda: turns((1, 1, 3, 32, 128), torch.float16),
+    "RoPE of a quarter of each head": lambda: turns(
+        (2, 2048, 3, 16, 64), torch.float32, frequencies=meta(8, dtype=torch.float32, grad=False)
+    ),
+    "RoPE of neighbours": lambda: turns((2, 2048, 3, 16, 64), torch.float16, interleaved=True),
 }
 
 #: Kernels whose products are the point: with 16-bit inputs each must use tensor cores.
 PRODUCTS: set[str] = set()
 #: Kernels that may spill more, and why.
-SPILLING: dict[str, tuple[int, str]] = {}
+SPILLING: dict[str, tuple[int, str]] = {
+    "_rope_kernel": (32, "the product with 2/pi, in integers, of an angle above 105615, in CUDA's sine and cosine"),
+}
 
 
 def wide_enough(launch: Launch) -> bool:

@@ -30,9 +30,24 @@ def norm_calls(kind):
         yield f"{name}_backward", (dy, None, s, weight, mean, rstd, 1e-5, [False, True, False])
 
 
+def pointwise_calls(kind):
+    x, up, dy = leaf(kind, 3, 20), leaf(kind, 3, 20), kind.draw(3, 20)
+    packed = leaf(kind, 3, 40)
+    for approximate in ("tanh", "none"):
+        yield "gelu", (x, approximate)
+        yield "gelu_backward", (dy, x.detach(), approximate)
+    yield "swiglu", (x, up)
+    yield "swiglu", packed.chunk(2, 1)
+    yield "swiglu_backward", (dy, x.detach(), up.detach(), [True, True])
+    yield "swiglu_backward", (dy, x.detach(), up.detach(), [False, True])
+    q, positions, frequencies = leaf(kind, 2, 3, 2, 8), kind.ints([[0, 1, 2], [7, 8, 9]], "int64"), SINGLE.draw(3)
+    yield "rope", (q, positions, None, 10000.0, False, False)
+    yield "rope", (q, positions, frequencies, 10000.0, True, True)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind)]
+    return [*norm_calls(kind), *pointwise_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -54,8 +69,22 @@ def norms(x, weight, bias):
     return library.rms_norm(y + s, weight)
 
 
+def gated(packed):
+    return library.gelu(library.swiglu(*packed.chunk(2, -1)))
+
+
+def turned(qkv):
+    q, k, _ = qkv.unbind(2)
+    positions = torch.arange(qkv.shape[1], device=qkv.device).expand(qkv.shape[:2])
+    return library.rope(library.rope(q, positions), positions, interleaved=True) * library.rope(k, positions)
+
+
 # By name: a function of leaves, and their shapes.
-FUNCTIONS = {"norms": (norms, [(4, 6, 20), (20,), (20,)])}
+FUNCTIONS = {
+    "norms": (norms, [(4, 6, 20), (20,), (20,)]),
+    "gated": (gated, [(4, 6, 40)]),
+    "turned": (turned, [(2, 5, 3, 2, 8)]),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
