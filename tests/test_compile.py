@@ -55,6 +55,12 @@ def turns(shape, dtype, **options):
     backward([gpukernels.rope(q, positions, **options)], [q])
 
 
+def embeddings(vocabulary, width, dtype):
+    ids = meta(8, 1024, dtype=torch.int64, grad=False)
+    tables = meta(vocabulary, width, dtype=dtype), meta(1024, width, dtype=dtype)
+    backward([gpukernels.embedding(ids, tables[0], positions=ids, position_weight=tables[1])], tables)
+
+
 #: By name: what is launched, on sizes that models have. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
@@ -62,6 +68,7 @@ WORKLOADS = {
     "norms of rows wider than registers": lambda: norms(20000, torch.float32),
     "GELU of GPT-2": lambda: gelus(3072, torch.float16),
     "SwiGLU of LLaMA-2 7B, packed": lambda: swiglus(11008, torch.bfloat16),
+    "embedding of GPT-2": lambda: embeddings(50304, 768, torch.float16),
     "RoPE of LLaMA-2 7B": lambda: turns((2, 4096, 3, 32, 128), torch.bfloat16),
     "RoPE of LLaMA-2 7B, one position": lambda: turns((1, 1, 3, 32, 128), torch.float16),
     "RoPE of a quarter of each head": lambda: turns(

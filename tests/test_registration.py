@@ -45,9 +45,16 @@ def pointwise_calls(kind):
     yield "rope", (q, positions, frequencies, 10000.0, True, True)
 
 
+def embedding_calls(kind):
+    ids, weight, other = kind.ints([[1, 0, 1]], "int64"), leaf(kind, 3, 20), leaf(kind, 4, 20)
+    yield "embedding", (ids, weight, None, None, torch.float32)
+    yield "embedding", (ids, weight, ids, other, weight.dtype)
+    yield "embedding_backward", (kind.draw(1, 3, 20), ids, 3, weight.dtype)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind), *pointwise_calls(kind)]
+    return [*norm_calls(kind), *pointwise_calls(kind), *embedding_calls(kind)]
 
 
 def test_every_op_is_here():
@@ -79,10 +86,16 @@ def turned(qkv):
     return library.rope(library.rope(q, positions), positions, interleaved=True) * library.rope(k, positions)
 
 
+def embedded(weight, position_weight):
+    ids = torch.arange(12, device=weight.device).view(3, 4) % 5
+    return library.embedding(ids, weight, positions=ids // 2, position_weight=position_weight)
+
+
 # By name: a function of leaves, and their shapes.
 FUNCTIONS = {
     "norms": (norms, [(4, 6, 20), (20,), (20,)]),
     "gated": (gated, [(4, 6, 40)]),
+    "embedded": (embedded, [(5, 20), (3, 20)]),
     "turned": (turned, [(2, 5, 3, 2, 8)]),
 }
 

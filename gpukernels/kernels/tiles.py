@@ -67,3 +67,15 @@ def rope_tile(heads: int, width: int) -> RopeTile:
     width = triton.next_power_of_2(width)
     block = max(1, min(triton.next_power_of_2(heads), 4096 // width))
     return RopeTile(block, max(1, min(4, block * width // 1024)))
+
+
+class EmbeddingTile(NamedTuple):
+    BLOCK_M: int  # rows of the upstream gradient at a time
+    BLOCK_C: int  # columns
+    num_warps: int
+
+
+def embedding_tile(columns: int) -> EmbeddingTile:
+    # 8 columns a thread, 16 bytes of 16-bit values. Chosen from the compile report, not yet measured.
+    block = min(1024, max(16, triton.next_power_of_2(columns)))
+    return EmbeddingTile(4, block, max(1, block // 256))

@@ -5,8 +5,9 @@ on fake tensors and with autograd; on CPU tensors it runs plain torch, or the ke
 interprets them (TRITON_INTERPRET=1).
 """
 
+from gpukernels.library.embedding import embedding
 from gpukernels.library.norm import layer_norm, rms_norm
 from gpukernels.library.pointwise import gelu, swiglu
 from gpukernels.library.rope import rope
 
-__all__ = ["gelu", "layer_norm", "rms_norm", "rope", "swiglu"]
+__all__ = ["embedding", "gelu", "layer_norm", "rms_norm", "rope", "swiglu"]
