@@ -12,13 +12,16 @@ from gpukernels.ops import (
     cross_entropy_with_gradient,
     decode_attention,
     embedding,
+    gelu,
     layer_norm,
     linear,
     linear_cross_entropy,
     matmul,
     norm_linear,
     rms_norm,
+    rope,
     sample,
+    swiglu,
     uniform,
 )
 
@@ -30,13 +33,16 @@ __all__ = [
     "cross_entropy_with_gradient",
     "decode_attention",
     "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",
+    "rope",
     "sample",
+    "swiglu",
     "uniform",
 ]
 

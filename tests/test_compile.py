@@ -33,7 +33,9 @@ PRODUCTS = {
 #: Kernels that move a few bytes only.
 NARROW = {"_document_bounds_kernel"}
 #: Kernels that may spill more, and why.
-SPILLING: dict[str, tuple[int, str]] = {}
+SPILLING: dict[str, tuple[int, str]] = {
+    "_rope_kernel": (32, "the product with 2/pi, in integers, of an angle above 105615, in CUDA's sine and cosine"),
+}
 
 
 def wide_enough(launch: Launch) -> bool:

@@ -109,11 +109,34 @@ def sample_calls(kind):
     yield "sample", (logits, floats[0], None, None, None, None, None, None, ints.long(), ints, ints)
 
 
+def pointwise_calls(kind):
+    x, up, dy = leaf(kind, 3, 20), leaf(kind, 3, 20), kind.draw(3, 20)
+    packed = leaf(kind, 3, 40)
+    for approximate in ("tanh", "none"):
+        yield "gelu", (x, approximate)
+        yield "gelu_backward", (dy, x.detach(), approximate)
+    yield "swiglu", (x, up)
+    yield "swiglu", packed.chunk(2, 1)
+    yield "swiglu_backward", (dy, x.detach(), up.detach(), [True, True])
+    yield "swiglu_backward", (dy, x.detach(), up.detach(), [False, True])
+    q, positions, frequencies = leaf(kind, 2, 3, 2, 8), kind.ints([[0, 1, 2], [7, 8, 9]], "int64"), SINGLE.draw(3)
+    yield "rope", (q, positions, None, 10000.0, False, False)
+    yield "rope", (q, positions, frequencies, 10000.0, True, True)
+
+
+def embedding_calls(kind):
+    ids, weight, other = kind.ints([[1, 0, 1]], "int64"), leaf(kind, 3, 20), leaf(kind, 4, 20)
+    yield "embedding", (ids, weight, None, None, torch.float32)
+    yield "embedding", (ids, weight, ids, other, weight.dtype)
+    yield "embedding_backward", (kind.draw(1, 3, 20), ids, 3, weight.dtype)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
     families = (
         *(norm_calls, attention_calls, product_calls, few_rows_calls),
         *(loss_calls, linear_loss_calls, adamw_calls, decode_attention_calls, sample_calls),
+        *(pointwise_calls, embedding_calls),
     )
     return [call for family in families for call in family(kind)]
 
@@ -161,6 +184,21 @@ def linear_losses(hidden, weight):
     return each + library.linear_cross_entropy(hidden, weight, targets, chunk=5)
 
 
+def gated(packed):
+    return library.gelu(library.swiglu(*packed.chunk(2, -1)))
+
+
+def turned(qkv):
+    q, k, _ = qkv.unbind(2)
+    positions = torch.arange(qkv.shape[1], device=qkv.device).expand(qkv.shape[:2])
+    return library.rope(library.rope(q, positions), positions, interleaved=True) * library.rope(k, positions)
+
+
+def embedded(weight, position_weight):
+    ids = torch.arange(12, device=weight.device).view(3, 4) % 5
+    return library.embedding(ids, weight, positions=ids // 2, position_weight=position_weight)
+
+
 # By name: a function of leaves, and their shapes.
 FUNCTIONS = {
     "norms": (norms, [(4, 6, 20), (20,), (20,)]),
@@ -168,6 +206,9 @@ FUNCTIONS = {
     "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
     "losses": (losses, [(3, 4, 70)]),
     "linear losses": (linear_losses, [(3, 4, 20), (70, 20)]),
+    "gated": (gated, [(4, 6, 40)]),
+    "embedded": (embedded, [(5, 20), (3, 20)]),
+    "turned": (turned, [(2, 5, 3, 2, 8)]),
 }
 
 

@@ -136,6 +136,31 @@ def true_decode_attention(q, k, v, lengths, *, window=None, scale=None):
     return Truth(whole.value[:, 0], whole.magnitude[:, 0], whole.length)
 
 
+def true_gelu(x, *, approximate="tanh"):
+    value = np.vectorize(ACTIVATIONS["gelu_new" if approximate == "tanh" else "gelu"], otypes=[float])(x)
+    return Truth(value, abs(x), 1)  # 1 + tanh and 1 + erf are sums that may cancel
+
+
+def true_swiglu(gate, up):
+    return Truth(np.vectorize(ACTIVATIONS["silu"], otypes=[float])(gate) * up, abs(gate * up), 1)
+
+
+def true_rope(x, positions, *, theta=10000.0, frequencies=None, interleaved=False):
+    width = x.shape[-1]
+    if frequencies is None:
+        frequencies = (1.0 / theta ** (torch.arange(0, width, 2).float() / width)).numpy()
+    # What an op may not be off by: the angle, which float32 rounds before anything is computed of it.
+    angle = positions[..., None].astype(np.float32) * frequencies.astype(np.float32)
+    value, magnitude = x.copy(), abs(x)
+    for i in range(len(frequencies)):
+        one, other = (2 * i, 2 * i + 1) if interleaved else (i, i + len(frequencies))
+        cos, sin = np.cos(angle[..., i : i + 1].astype(float)), np.sin(angle[..., i : i + 1].astype(float))
+        a, b = x[..., one], x[..., other]
+        value[..., one], value[..., other] = a * cos - b * sin, b * cos + a * sin
+        magnitude[..., one], magnitude[..., other] = abs(a * cos) + abs(b * sin), abs(b * cos) + abs(a * sin)
+    return Truth(value, magnitude, 1)
+
+
 def true_embedding(ids, weight, *, positions=None, position_weight=None, dtype=None):
     one, other = weight[ids], 0 if positions is None else position_weight[positions]
     return Truth(one + other, abs(one) + abs(other), 1)

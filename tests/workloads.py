@@ -127,6 +127,31 @@ def sample(vocabulary, padded, dtype, *, draw):
     gpukernels.sample(logits, **options, repetition_penalty=floats, seen=seen)
 
 
+def gelus(width, dtype):
+    x = meta(8, 1024, width, dtype=dtype)
+    for approximate in ("tanh", "none"):
+        backward([gpukernels.gelu(x, approximate=approximate)], [x])
+
+
+def swiglus(width, dtype):
+    gate, up = meta(4, 2048, 2 * width, dtype=dtype).chunk(2, -1)
+    backward([gpukernels.swiglu(gate, up)], [gate, up])
+
+
+def turns(shape, dtype, **options):
+    """Queries and keys of a packed projection."""
+    batch, new, _, heads, width = shape
+    qkv, positions = meta(*shape, dtype=dtype), meta(batch, new, dtype=torch.int64, grad=False)
+    q = qkv[:, :, :2].reshape(batch, new, 2 * heads, width)
+    backward([gpukernels.rope(q, positions, **options)], [q])
+
+
+def embeddings(vocabulary, width, dtype):
+    ids = meta(8, 1024, dtype=torch.int64, grad=False)
+    tables = meta(vocabulary, width, dtype=dtype), meta(1024, width, dtype=dtype)
+    backward([gpukernels.embedding(ids, tables[0], positions=ids, position_weight=tables[1])], tables)
+
+
 #: By name: what is launched. Together they reach every kernel.
 WORKLOADS = {
     "norms of GPT-2": lambda: norms(768, torch.float16),
@@ -159,4 +184,13 @@ WORKLOADS = {
     "sampling for GPT-2": lambda: sample(50257, 50304, torch.float16, draw=True),
     "sampling for Llama 3": lambda: sample(128256, 128256, torch.float32, draw=True),
     "greedy choice for GPT-2": lambda: sample(50257, 50304, torch.float32, draw=False),
+    "GELU of GPT-2": lambda: gelus(3072, torch.float16),
+    "SwiGLU of LLaMA-2 7B, packed": lambda: swiglus(11008, torch.bfloat16),
+    "embedding of GPT-2": lambda: embeddings(50304, 768, torch.float16),
+    "RoPE of LLaMA-2 7B": lambda: turns((2, 4096, 3, 32, 128), torch.bfloat16),
+    "RoPE of LLaMA-2 7B, one position": lambda: turns((1, 1, 3, 32, 128), torch.float16),
+    "RoPE of a quarter of each head": lambda: turns(
+        (2, 2048, 3, 16, 64), torch.float32, frequencies=meta(8, dtype=torch.float32, grad=False)
+    ),
+    "RoPE of neighbours": lambda: turns((2, 2048, 3, 16, 64), torch.float16, interleaved=True),
 }

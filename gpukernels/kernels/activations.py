@@ -64,7 +64,9 @@ def activation_slope(x, NAME: tl.constexpr):
     elif NAME == "gelu_new":
         w = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         inner = 1.5957691216057308 * (1 + 0.134145 * x * x)
-        slope = _sigmoid(w) + x * _sigmoid_slope(w) * inner
+        # Where the sigmoid is flat, the square may be infinite.
+        flat = _sigmoid_slope(w)
+        slope = _sigmoid(w) + x * tl.where(flat == 0, 0.0, flat * inner)
     elif NAME == "relu":
         slope = tl.where(x <= 0, 0.0, tl.where(x > 0, 1.0, x))
     elif NAME == "silu":

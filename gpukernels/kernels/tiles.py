@@ -92,3 +92,41 @@ def _attention_tile(table: dict, width: int) -> AttentionTile:
     block_d = max(16, triton.next_power_of_2(width))
     queries, keys, warps, stages = next(row for most, row in table.items() if block_d <= most)
     return AttentionTile(queries, keys, block_d, warps, stages)
+
+
+class PointwiseTile(NamedTuple):
+    BLOCK_M: int  # rows
+    BLOCK_N: int  # columns
+    num_warps: int
+
+
+def pointwise_tile(columns: int) -> PointwiseTile:
+    # 16 elements a thread: two 16-byte accesses of 16-bit values to each array. Chosen from the compile
+    # report, not yet measured.
+    across = min(2048, max(16, triton.next_power_of_2(columns)))
+    return PointwiseTile(2048 // across, across, 4)
+
+
+class RopeTile(NamedTuple):
+    BLOCK_H: int  # heads
+    num_warps: int
+
+
+def rope_tile(heads: int, width: int) -> RopeTile:
+    # 16 pairs a thread, which are those of two heads: each sine and cosine that a thread makes is used
+    # twice. Chosen from the compile report, not yet measured.
+    width = triton.next_power_of_2(width)
+    block = max(1, min(triton.next_power_of_2(heads), 4096 // width))
+    return RopeTile(block, max(1, min(4, block * width // 1024)))
+
+
+class EmbeddingTile(NamedTuple):
+    BLOCK_M: int  # rows of the upstream gradient at a time
+    BLOCK_C: int  # columns
+    num_warps: int
+
+
+def embedding_tile(columns: int) -> EmbeddingTile:
+    # 8 columns a thread, 16 bytes of 16-bit values. Chosen from the compile report, not yet measured.
+    block = min(1024, max(16, triton.next_power_of_2(columns)))
+    return EmbeddingTile(4, block, max(1, block // 256))

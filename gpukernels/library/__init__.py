@@ -11,6 +11,9 @@ from gpukernels.library.attention import (
 from gpukernels.library.decode_attention import (
     decode_attention,
 )
+from gpukernels.library.embedding import (
+    embedding,
+)
 from gpukernels.library.linear_loss import (
     linear_cross_entropy,
 )
@@ -30,6 +33,13 @@ from gpukernels.library.norm import (
 from gpukernels.library.optimizer import (
     adamw,
 )
+from gpukernels.library.pointwise import (
+    gelu,
+    swiglu,
+)
+from gpukernels.library.rope import (
+    rope,
+)
 from gpukernels.library.sampling import (
     sample,
     uniform,
@@ -41,12 +51,16 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_gradient",
     "decode_attention",
+    "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",
+    "rope",
     "sample",
+    "swiglu",
     "uniform",
 ]

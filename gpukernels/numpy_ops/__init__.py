@@ -29,6 +29,11 @@ from gpukernels.numpy_ops.optimizer import (
 )
 from gpukernels.numpy_ops.pointwise import (
     embedding,
+    gelu,
+    swiglu,
+)
+from gpukernels.numpy_ops.rope import (
+    rope,
 )
 from gpukernels.numpy_ops.sampling import (
     sample,
@@ -42,12 +47,15 @@ __all__ = [
     "cross_entropy_with_gradient",
     "decode_attention",
     "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",
+    "rope",
     "sample",
+    "swiglu",
     "uniform",
 ]

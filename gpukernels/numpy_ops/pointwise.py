@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from gpukernels.numpy_ops.blocks import compute_dtype, row_blocks
+
 
 def embedding(ids, weight, *, positions=None, position_weight=None, dtype=None):
     dtype = weight.dtype if dtype is None else np.dtype(dtype)
@@ -20,6 +22,32 @@ def _check_index(name: str, index: np.ndarray, table: np.ndarray) -> None:
     # A negative index would quietly count from the end.
     if index.size and not 0 <= index.min() <= index.max() < len(table):
         raise IndexError(f"embedding: {name} must be 0 to {len(table) - 1}, got {index.min()} to {index.max()}")
+
+
+def gelu(x, *, approximate="tanh"):
+    return _activated(x, "gelu_new" if approximate == "tanh" else "gelu")
+
+
+def swiglu(gate, up):
+    return _activated(gate, "silu", up)
+
+
+def _activated(x, activation, factor=None):
+    """activation(x) * factor, rounded once; in blocks that stay in a core's cache."""
+    compute = compute_dtype(x.dtype)
+    y = np.empty(x.shape, x.dtype)
+    width = x.shape[-1] if x.ndim else 1
+    rows, out = x.reshape(-1, max(1, width)), y.reshape(-1, max(1, width))
+    factors = None if factor is None else factor.reshape(rows.shape)
+    for part in row_blocks(rows):
+        block = rows[part].astype(compute)
+        with np.errstate(invalid="ignore"):  # minus infinity times 0 is NaN, as it is in torch
+            ACTIVATIONS[activation](block)
+            if factors is not None:
+                block *= factors[part]
+        with np.errstate(over="ignore"):
+            out[part] = block
+    return y
 
 
 # Activations, in place. Overflow is meant to saturate: tanh(inf) is 1, x / inf is 0.

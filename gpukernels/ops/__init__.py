@@ -39,6 +39,11 @@ from gpukernels.ops.optimizer import (
 )
 from gpukernels.ops.pointwise import (
     embedding,
+    gelu,
+    swiglu,
+)
+from gpukernels.ops.rope import (
+    rope,
 )
 from gpukernels.ops.sampling import (
     sample,
@@ -53,12 +58,15 @@ __all__ = [
     "cross_entropy_with_gradient",
     "decode_attention",
     "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",
+    "rope",
     "sample",
+    "swiglu",
     "uniform",
 ]

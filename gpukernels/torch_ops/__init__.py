@@ -27,6 +27,11 @@ from gpukernels.torch_ops.optimizer import (
 )
 from gpukernels.torch_ops.pointwise import (
     embedding,
+    gelu,
+    swiglu,
+)
+from gpukernels.torch_ops.rope import (
+    rope,
 )
 from gpukernels.torch_ops.sampling import (
     sample,
@@ -40,12 +45,15 @@ __all__ = [
     "cross_entropy_with_gradient",
     "decode_attention",
     "embedding",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "matmul",
     "norm_linear",
     "rms_norm",
+    "rope",
     "sample",
+    "swiglu",
     "uniform",
 ]

@@ -12,6 +12,15 @@ ACTIVATIONS = {
 }
 
 
+def gelu(x, *, approximate="tanh"):
+    return F.gelu(x, approximate=approximate)
+
+
+def swiglu(gate, up):
+    compute = torch.promote_types(gate.dtype, torch.float32)
+    return (F.silu(gate.to(compute)) * up).to(gate.dtype)
+
+
 def widen(dtype, *arrays):
     """The arrays in `dtype`: the widening of narrower storage, exact and without a copy if equal."""
     return [None if array is None else array.to(dtype) for array in arrays]
