@@ -3,6 +3,7 @@
 Every message names the op, the argument, what was wanted and what came."""
 
 import functools
+import importlib.util
 import os
 import sys
 from types import ModuleType
@@ -22,15 +23,18 @@ FLOATS = {"float16", "bfloat16", "float32", "float64"}
 # As Triton reads it; Triton itself is not imported before a tensor needs it.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
+# Tensors without data ("meta") go the way of CUDA's: shapes are what is asked, and launches can be recorded.
+_KERNEL_DEVICES = {"cuda", "meta", "cpu"} if _INTERPRETING else {"cuda", "meta"}
+
 _NUMPY, _NUMPY_OR_NONE = {np.ndarray}, {np.ndarray, type(None)}
 
 
 def implementation(op: str, required: dict, **optional) -> ModuleType:
     """The module that runs `op` for these arrays; an optional one may be None.
 
-    NumPy arrays: `numpy_ops`. CUDA tensors of up to 32 bits: the Triton kernels, `library`; CPU tensors
-    too where Triton interprets, which is Triton's own switch. Every other tensor: `torch_ops`. Arrays of
-    one other library that can be shared (CuPy's): `interop`.
+    NumPy arrays: `numpy_ops`. CUDA tensors of up to 32 bits, where Triton is installed: its kernels,
+    `library`; CPU tensors too where Triton interprets, which is its own switch. Every other tensor:
+    `torch_ops`. Arrays of one other library that can be shared (CuPy's): `interop`.
     """
     # Sets of types first: a decode step asks this seventy times a token.
     if set(map(type, required.values())) == _NUMPY and set(map(type, optional.values())) <= _NUMPY_OR_NONE:
@@ -53,7 +57,7 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
         device = devices.pop().type
         if any(array.dtype == torch.float64 for array in given.values()):
             return torch_ops
-        if device == "cuda" or (device == "cpu" and _INTERPRETING) or (device == "meta" and "triton" in sys.modules):
+        if device in _KERNEL_DEVICES and has_triton():
             from gpukernels import library
 
             return library
@@ -70,6 +74,12 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
 def shareable(array) -> bool:
     """Whether another library can look at this array's memory."""
     return hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__")
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; torch for Windows, for one, comes without it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

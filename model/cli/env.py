@@ -32,7 +32,8 @@ def env(as_json: Json = False) -> None:
         runs = "NumPy on the CPU (gpukernels/numpy_ops), float32"
         why = reason
     else:
-        runs = "torch on cuda:0 (gpukernels/torch_ops), float16, or bfloat16 for a bfloat16 checkpoint"
+        kernels = "Triton kernels" if _version("triton") else "plain torch (Triton is not installed)"
+        runs = f"{kernels} on cuda:0, float16, or bfloat16 for a bfloat16 checkpoint"
         why = "the driver sees a GPU and torch can use it"
     versions = {name: _version(name) for name in _PACKAGES}
     document = {
