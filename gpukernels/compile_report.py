@@ -63,9 +63,14 @@ class Compiled(NamedTuple):
         return _resources(self.cubin)["STACK"]
 
     @property
+    def listing(self) -> tuple[str, ...]:
+        """The SASS instructions in their order, by full name ("HGMMA.64x128x16.F32")."""
+        return _listing(self.cubin)
+
+    @property
     def instructions(self) -> Counter[str]:
-        """How often each SASS instruction stands in the code, by its full name ("HGMMA.64x128x16.F32")."""
-        return _instructions(self.cubin)
+        """How often each instruction stands in the code."""
+        return Counter(self.listing)
 
     def count(self, *names: str) -> int:
         """How many instructions start with one of `names`."""
@@ -170,7 +175,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _instructions(cubin: bytes) -> Counter[str]:
+def _listing(cubin: bytes) -> tuple[str, ...]:
     # "        /*0a30*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
     code = _tool("nvdisasm", cubin, "-c")
-    return Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))
+    return tuple(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))

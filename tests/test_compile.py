@@ -11,70 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from workloads import WORKLOADS
 
 import gpukernels
-from gpukernels import library  # noqa: F401
 from gpukernels.compile_report import CHIPS, Launch, record
 
 SPILL = 16  # bytes a thread: a few registers' worth, which the first-level cache absorbs
 
 KERNELS = Path(gpukernels.__file__).parent / "kernels"
 
-
-def meta(*shape, dtype=torch.float16, grad=True):
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
-
-
-def backward(outputs, inputs):
-    torch.autograd.grad(outputs, inputs, [torch.empty_like(each) for each in outputs])
-
-
-def norms(width, dtype):
-    x, weight, bias, residual = (
-        meta(*shape, dtype=dtype) for shape in [(8192, width), (width,), (width,), (8192, width)]
-    )
-    backward(gpukernels.layer_norm(x, weight, bias, residual=residual), [x, residual, weight, bias])
-    backward([gpukernels.rms_norm(x, weight)], [x, weight])
-
-
-def losses(width, padded, dtype, **options):
-    logits, targets = meta(8192, padded, dtype=dtype)[:, :width], meta(8192, dtype=torch.int64, grad=False)
-    weights = meta(8192, dtype=torch.float32, grad=False)
-    backward([gpukernels.cross_entropy(logits, targets, **options)], [logits])
-    gpukernels.cross_entropy_with_gradient(logits, targets, weights=weights, **options)
-
-
-def linear_losses(dtype):
-    hidden, weight = meta(8192, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
-    targets = meta(8192, dtype=torch.int64, grad=False)
-    backward([gpukernels.linear_cross_entropy(hidden, weight, targets)], [hidden, weight])
-
-
-def optimizers(dtype):
-    size = 124_439_808
-    parameter, gradient = (meta(size, dtype=dtype, grad=False) for _ in range(2))
-    first, second, master = (meta(size, dtype=torch.float32, grad=False) for _ in range(3))
-    step, rate = meta(1, dtype=torch.int32, grad=False), meta(1, dtype=torch.float32, grad=False)
-    options = {"step": step, "learning_rate": rate, "decayed": size // 2, "weight_decay": 0.1}
-    master = None if dtype == torch.float32 else master
-    gpukernels.adamw(parameter, gradient, first, second, **options, master=master, gradient_scale=rate)
-
-
-#: By name: what is launched, on sizes that models have. Together they reach every kernel.
-WORKLOADS = {
-    "norms of GPT-2": lambda: norms(768, torch.float16),
-    "norms of GPT-2 XL": lambda: norms(1600, torch.bfloat16),
-    "norms of rows wider than registers": lambda: norms(20000, torch.float32),
-    "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
-    "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
-    "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),
-    "linear loss of GPT-2": lambda: linear_losses(torch.bfloat16),
-    "AdamW of GPT-2": lambda: optimizers(torch.float32),
-    "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
-}
-
 #: Kernels whose products are the point: with 16-bit inputs each must use tensor cores.
-PRODUCTS: set[str] = set()
+PRODUCTS = {
+    "_attention_backward_keys_kernel",
+    "_attention_backward_queries_kernel",
+    "_attention_forward_kernel",
+    "_few_rows_kernel",
+    "_product_descriptor_kernel",
+    "_product_kernel",
+}
+#: Kernels that move a few bytes only.
+NARROW = {"_document_bounds_kernel"}
 #: Kernels that may spill more, and why.
 SPILLING: dict[str, tuple[int, str]] = {}
 
@@ -95,7 +51,8 @@ def test_budgets(name, capability):
         most, _ = SPILLING.get(launch.kernel, (SPILL, ""))
         assert compiled.spilled_bytes <= most, f"{launch.kernel} spills {compiled.spilled_bytes} bytes"
         assert compiled.shared_memory <= CHIPS[capability].shared_memory
-        assert wide_enough(launch), f"{launch.kernel}: {dict(compiled.instructions)}"
+        if launch.kernel not in NARROW:
+            assert wide_enough(launch), f"{launch.kernel}: {dict(compiled.instructions)}"
         half = any(getattr(each, "dtype", None) in (torch.float16, torch.bfloat16) for each in launch.arguments)
         if launch.kernel in PRODUCTS and half:
             assert compiled.tensor_core_instructions, f"{launch.kernel} has no tensor-core instruction"
@@ -108,9 +65,14 @@ def test_every_kernel_is_compiled():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    for capability in CHIPS:
-        launches = [launch for workload in WORKLOADS.values() for launch in record(workload, capability=capability)]
-        assert {launch.kernel for launch in launches} == written
+    # Kernels with tensor descriptors are launched from capability 9.0 on, others in their place before.
+    seen = {
+        launch.kernel
+        for workload in WORKLOADS.values()
+        for capability in (80, 90)
+        for launch in record(workload, capability=capability)
+    }
+    assert seen == written
 
 
 def test_a_recording_refuses_an_unknown_gpu():
@@ -125,3 +87,10 @@ def test_recording_leaves_the_driver_as_it_was():
     with pytest.raises(ZeroDivisionError):
         record(lambda: 1 / 0, capability=80)
     assert driver._active is before
+
+
+def test_attention_of_gpt2_on_hopper_multiplies_in_warp_groups_and_loads_by_descriptor():
+    for launch in record(WORKLOADS["attention of GPT-2"], capability=90):
+        if launch.kernel in PRODUCTS:
+            assert launch.compiled.count("HGMMA") == launch.compiled.tensor_core_instructions > 0
+            assert launch.compiled.count("UTMALDG") > 0

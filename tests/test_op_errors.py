@@ -142,6 +142,14 @@ REFUSED = {
         (lambda f, i: attention(**qkv(f) | {"v": i(5)}), TypeError, f"v {NO_FLOAT}, got int32"),
         (lambda f, i: attention(**qkv(f), window=0), ValueError, "window must be a whole number, 1 or more, got 0"),
         (lambda f, i: attention(**qkv(f), window=1.5), ValueError, "window must be a whole number, 1 or more, got 1.5"),
+        (lambda f, i: attention(**qkv(f), scale=0.0), ValueError, "scale must be a number above 0, got 0.0"),
+        (lambda f, i: attention(**qkv(f), scale=np.nan), ValueError, "scale must be a number above 0, got nan"),
+        (lambda f, i: attention(**qkv(f), documents=f(2, 5)), TypeError, f"documents {NO_INT}, got float32"),
+        (
+            lambda f, i: attention(**qkv(f), documents=i(5)),
+            ValueError,
+            "documents must be (2, 5) one number for each key, got (1,)",
+        ),
         (lambda f, i: attention(**qkv(f), window=2, causal=False), ValueError, "window needs causal=True"),
         (
             lambda f, i: attention(**qkv(f, q=(2, 6, 4, 8))),
@@ -243,7 +251,7 @@ def test_a_missing_array_is_refused_by_name(library):
 @pytest.mark.usefixtures("computing_nothing")
 def test_arrays_of_different_kinds_or_devices_are_refused():
     (array, _), (tensor, _) = makers("numpy"), makers("torch")
-    one_kind = "the arrays must be all numpy.ndarray or all torch.Tensor, got"
+    one_kind = "the arrays must be all numpy.ndarray, all torch.Tensor or all of CuPy, got"
     with pytest.raises(TypeError) as caught:
         linear(array(3), tensor(2, 3), array(2))
     assert str(caught.value) == f"linear: {one_kind} x numpy.ndarray, weight torch.Tensor, bias numpy.ndarray"

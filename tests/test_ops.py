@@ -82,10 +82,18 @@ ATTENTION = {
     "window": ((2, 7, 2, 4), (12, 1), {"window": 4}),
     "window of all": ((1, 7, 2, 4), (7, 2), {"window": 99}),
     "scale": ((1, 5, 2, 4), (5, 2), {"scale": 0.01}),
-    "negative scale": ((1, 5, 2, 4), (5, 2), {"scale": -1.5}),
+    "large scale": ((1, 5, 2, 4), (5, 2), {"scale": 7.5}),
     "lengths": ((5, 4, 2, 4), (9, 2), {"lengths": [9, 0, 3, 4, 5]}),
     "lengths and window": ((4, 4, 2, 4), (9, 1), {"lengths": [9, 0, 3, 5], "window": 2}),
     "lengths, all see all": ((4, 4, 2, 4), (9, 1), {"lengths": [9, 0, 3, 5], "causal": False}),
+    "documents": ((2, 9, 2, 4), (9, 1), {"documents": [[3, 3, 3, 0, 0, 3, 3, 3, 3], [1] * 9]}),
+    "documents, the last queries": ((2, 4, 4, 4), (9, 2), {"documents": [[0, 1, 2, 2, 2, 2, 3, 3, 4], [5] * 8 + [6]]}),
+    "documents, all see all": ((1, 7, 2, 4), (9, 2), {"documents": [[7, 7, 1, 1, 1, 2, 1, 1, 1]], "causal": False}),
+    "documents, lengths, window": (
+        (3, 4, 2, 4),
+        (6, 2),
+        {"documents": [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0] * 6], "lengths": [6, 4, 2], "window": 2},
+    ),
     "no rows": ((0, 4, 2, 4), (9, 2), {}),
     "no queries": ((2, 0, 2, 4), (9, 2), {}),
     "no keys": ((2, 3, 2, 4), (0, 2), {"lengths": [0, 0]}),
@@ -98,9 +106,10 @@ ATTENTION = {
 def test_attention(kind, integer, case):
     (batch, new, heads, width), kv, options = ATTENTION[case]
     arrays = kind.draws(q=(batch, new, heads, width), k=(batch, *kv, width), v=(batch, *kv, width))
-    if "lengths" in options:
-        arrays["lengths"] = kind.ints(options["lengths"], integer)
-    check("attention", arrays, **{name: options[name] for name in options if name != "lengths"})
+    integers = {name: kind.ints(options[name], integer) for name in ("lengths", "documents") if name in options}
+    options = {name: options[name] for name in options if name not in integers}
+    for return_lse in (False, True):
+        check("attention", arrays | integers, **options, return_lse=return_lse)
 
 
 @every_kind

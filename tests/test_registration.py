@@ -8,6 +8,7 @@ import torch
 from kernel_cases import DEVICE, HALF, LAYOUTS, SINGLE
 
 from gpukernels import library
+from gpukernels.library.few_rows import few_rows
 from gpukernels.library.registry import LAUNCHERS
 
 RTOL, ATOL = 1e-3, 1e-3  # eager against compiled: the same kernels, in float16 at worst
@@ -62,9 +63,42 @@ def adamw_calls(kind):
     yield "adamw", (p, g, m, v, master, step, rate, rate, 0.9, 0.999, 1e-8, 0.0, 20)
 
 
+def attention_calls(kind):
+    q, k, v = leaf(kind, 2, 5, 4, 16), leaf(kind, 2, 7, 2, 16), leaf(kind, 2, 7, 2, 16)
+    lengths, documents = kind.ints([7, 3]), kind.ints([[0, 0, 1, 1, 1, 1, 2], [4] * 7])
+    yield "document_bounds", (documents,)
+    bounds = torch.ops.gpukernels.document_bounds(documents)
+    for options in ((None, None, 0.25, True, 0), (lengths, bounds, 0.25, True, 3), (lengths, None, 0.25, False, 0)):
+        yield "attention", (q, k, v, *options)
+        detached = [x.detach() for x in (q, k, v)]
+        out, lse = torch.ops.gpukernels.attention(*detached, *options)
+        for dlse, needs in ((None, [True] * 3), (lse.nan_to_num(neginf=0.0), [False, True, False])):
+            yield "attention_backward", (out.clone(), dlse, *detached, out, lse, *options, needs)
+
+
+def product_calls(kind):
+    x, weight, bias, residual = leaf(kind, 3, 4, 20), leaf(kind, 8, 20), leaf(kind, 8), leaf(kind, 3, 4, 8)
+    yield "linear", (x, weight, bias, "gelu", residual, True)
+    yield "linear", (x, weight, None, None, None, False)
+    dy, x, weight, bias = (each.detach() for each in (residual, x, weight, bias))
+    yield "linear_backward", (dy, 2 * dy, x, weight, bias, "gelu", [True] * 3)
+    yield "linear_backward", (dy, dy.new_empty(0), x, weight, None, None, [True, False, False])
+    yield "matmul", (leaf(kind, 3, 4, 20), leaf(kind, 3, 20, 8), False)
+    yield "matmul", (leaf(kind, 3, 4, 20), leaf(kind, 20, 8), False)
+    yield "matmul", (leaf(kind, 4, 20), leaf(kind, 20, 8), True)
+
+
+def few_rows_calls(kind):
+    x, weight, bias, residual, norm = (kind.draw(*shape) for shape in [(3, 20), (9, 20), (9,), (3, 9), (20,)])
+    yield "few_rows", (x, weight, None, None, None, 0.0, False, None, None)
+    yield "few_rows", (x, weight, bias, norm, norm, 1e-5, True, "gelu_new", residual)
+    yield "few_rows", (x, weight, bias, norm, None, 1e-6, False, "silu", None)
+
+
 def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
-    return [*norm_calls(kind), *loss_calls(kind), *linear_loss_calls(kind), *adamw_calls(kind)]
+    families = (norm_calls, attention_calls, product_calls, few_rows_calls, loss_calls, linear_loss_calls, adamw_calls)
+    return [call for family in families for call in family(kind)]
 
 
 def test_every_op_is_here():
@@ -100,12 +134,41 @@ def linear_losses(hidden, weight):
     return each + library.linear_cross_entropy(hidden, weight, targets, chunk=5)
 
 
+def attend(q, k, v):
+    out, lse = library.attention(q, k, v, window=4, return_lse=True)
+    return out * lse.mT[..., None]
+
+
+def block(x, norm_weight, up, down, bias):
+    y = library.norm_linear(x, norm_weight, None, up, bias, activation="gelu_new")
+    return library.matmul(library.linear(y, down, residual=x), down)
+
+
 # By name: a function of leaves, and their shapes.
 FUNCTIONS = {
     "norms": (norms, [(4, 6, 20), (20,), (20,)]),
     "losses": (losses, [(3, 4, 70)]),
     "linear losses": (linear_losses, [(3, 4, 20), (70, 20)]),
+    "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
+    "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
 }
+
+
+def decode(x, weight, bias, norm_weight):
+    h = few_rows(x, weight, bias, norm=(norm_weight, bias, 1e-5, True), activation="gelu", residual=x)
+    return few_rows(h + 1, weight)
+
+
+# The same for inference, where there is no gradient.
+INFERENCE = {"few rows": (decode, [(3, 20), (20, 20), (20,), (20,)])}
+
+
+@pytest.mark.parametrize("name", INFERENCE)
+def test_compiled_whole_for_inference(name):
+    function, shapes = INFERENCE[name]
+    arrays = [SINGLE.draw(*shape) for shape in shapes]
+    compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(*arrays), function(*arrays), rtol=RTOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from gpukernels.kernels.device import gpu, rows
+from gpukernels.kernels.partials import add_partials
 from gpukernels.kernels.tiles import norm_backward_tile, norm_forward_tile
 
 
@@ -190,23 +191,6 @@ def _norm_backward_kernel(
         tl.store(partial, tl.sum(dbias, 0), col_mask)
 
 
-@triton.jit
-def _add_partials_kernel(partial_ptr, out0_ptr, out1_ptr, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Each out (N,) = the sum of its own rows of partial (1 or 2, P, N), always in the same order."""
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    partial_ptr += tl.program_id(1).to(tl.int64) * P * N
-    acc = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        row = start + tl.arange(0, BLOCK_P)
-        mask = (row < P)[:, None] & (col < N)[None, :]
-        acc += tl.load(partial_ptr + row[:, None].to(tl.int64) * N + col[None, :], mask, other=0.0)
-    total = tl.sum(acc, 0)
-    if tl.program_id(1) == 0:
-        tl.store(out0_ptr + col, total.to(out0_ptr.dtype.element_ty), col < N)
-    else:
-        tl.store(out1_ptr + col, total.to(out1_ptr.dtype.element_ty), col < N)
-
-
 def norm_forward(x, weight, bias, residual, eps, *, center):
     """y, s, mean, rstd. Without residual s is empty (it is x); without `center` (RMS norm) mean is."""
     shape, x = x.shape, rows(x)
@@ -263,8 +247,5 @@ def norm_backward(dy, dtotal, s, weight, mean, rstd, *, center, needs_dx, needs_
         num_warps=tile.num_warps,
     )  # fmt: skip
     if sums:
-        outs = [out for out, needed in ((dweight, needs_dweight), (dbias, needs_dbias)) if needed]
-        _add_partials_kernel[(triton.cdiv(N, 32), sums)](
-            partial, outs[0], outs[-1], programs, N, BLOCK_P=64, BLOCK_N=32
-        )
+        add_partials(partial, *(out for out, needed in ((dweight, needs_dweight), (dbias, needs_dbias)) if needed))
     return ds, dweight, dbias

@@ -29,7 +29,8 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
     """The module that runs `op` for these arrays; an optional one may be None.
 
     NumPy arrays: `numpy_ops`. CUDA tensors of up to 32 bits: the Triton kernels, `library`; CPU tensors
-    too where Triton interprets, which is Triton's own switch. Every other tensor: `torch_ops`.
+    too where Triton interprets, which is Triton's own switch. Every other tensor: `torch_ops`. Arrays of
+    one other library that can be shared (CuPy's): `interop`.
     """
     # Sets of types first: a decode step asks this seventy times a token.
     if set(map(type, required.values())) == _NUMPY and set(map(type, optional.values())) <= _NUMPY_OR_NONE:
@@ -57,8 +58,18 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
 
             return library
         return torch_ops
+    libraries = {type(array).__module__.partition(".")[0] for array in given.values()}
+    if len(libraries) == 1 and all(map(shareable, given.values())):
+        from gpukernels import interop
+
+        return interop
     kinds = ", ".join(f"{name} {type(array).__module__}.{type(array).__name__}" for name, array in given.items())
-    raise TypeError(f"{op}: the arrays must be all numpy.ndarray or all torch.Tensor, got {kinds}")
+    raise TypeError(f"{op}: the arrays must be all numpy.ndarray, all torch.Tensor or all of CuPy, got {kinds}")
+
+
+def shareable(array) -> bool:
+    """Whether another library can look at this array's memory."""
+    return hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__")
 
 
 @functools.cache

@@ -5,7 +5,9 @@ import math
 import torch
 
 
-def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
+def attention(
+    q, k, v, *, causal=True, window=None, lengths=None, documents=None, scale=None, return_lse=False
+):  # fmt: skip
     batch, new, heads, width = q.shape
     keys = k.shape[1]
     group = heads // k.shape[2]
@@ -21,16 +23,25 @@ def attention(q, k, v, *, causal=True, window=None, lengths=None, scale=None):
         visible = visible & (key <= position[..., None])
     if window is not None:
         visible = visible & (key > position[..., None] - window)
+    if documents is not None:
+        # Runs of equal numbers, counted.
+        run = torch.cat([torch.zeros_like(documents[:, :1]), documents.diff(dim=1) != 0], 1).cumsum(1)
+        visible = visible & (run.gather(1, position.clamp(0, keys - 1).long())[..., None] == run[:, None])
     visible = visible[:, None]
 
     q, k, v = (array.to(compute).transpose(1, 2) for array in (q, k, v))  # (B, H, T, D)
     if group > 1:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     # A cache may hold anything past a row's length, and 0 * inf is NaN: such values must not be read.
-    v = v.masked_fill((key >= lengths[:, None])[:, None, :, None], 0)
+    used = (key < lengths[:, None])[:, None, :, None]
+    k, v = k.masked_fill(~used, 0), v.masked_fill(~used, 0)
     scores = (q * scale) @ k.transpose(2, 3)
     # A query that sees nothing would be NaN after softmax: give it finite scores, then zeros.
+    sees = visible.any(-1, keepdim=True)
     scores = torch.where(visible, scores, -torch.inf)
-    scores = torch.where(visible.any(-1, keepdim=True), scores, 0)
+    scores = torch.where(sees, scores, 0)
     weights = torch.where(visible, torch.softmax(scores, -1), 0)
-    return (weights @ v).transpose(1, 2).contiguous().to(dtype)
+    out = (weights @ v).transpose(1, 2).contiguous().to(dtype)
+    if not return_lse:
+        return out
+    return out, torch.where(sees[..., 0], torch.logsumexp(scores, -1), -torch.inf).expand(batch, heads, new)

@@ -1,0 +1,48 @@
+"""What makes the few-row kernel what it is, read off its machine code."""
+
+import pytest
+from workloads import few, few_rows_of_gpt2
+
+from gpukernels.compile_report import CHIPS, record
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize("C", [768, 1600])
+def test_few_rows_are_one_binary_for_every_number_of_rows(capability, C):
+    """That is why a row's bits cannot depend on how many there are."""
+
+    def binaries(M):
+        return [launch.compiled.cubin for launch in record(lambda: few_rows_of_gpt2(C, M=M), capability=capability)]
+
+    assert binaries(1) == binaries(2) == binaries(8) == binaries(17) == binaries(64)
+
+
+# Registers hold the weight in the order of a tensor core: no LDSM, which reads operands from shared memory. By
+# its shape: how many 16-byte loads the weight is for a thread, and products.
+HELD = [(2304, 768, True, 2 * 3, 6), (768, 768, False, 3, 6), (768, 3072, False, 6, 12), (1600, 1600, False, 7, 14)]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize(("N", "K", "norm", "loads", "products"), HELD)
+def test_few_rows_load_16_bytes_and_exchange_none(capability, N, K, norm, loads, products):
+    (launch,) = record(lambda: few(1, N, K, norm=norm), capability=capability)
+    norm_loads = 2 * 3 if norm else 0
+    assert launch.compiled.count("LDG.E.128") == loads + norm_loads
+    assert launch.compiled.tensor_core_instructions == products
+    assert launch.compiled.count("LDSM") == 0
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize(("N", "K", "norm"), [(2304, 768, True), (768, 3072, False), (4800, 1600, True)])
+def test_a_dependent_kernel_has_its_weight_before_it_waits(capability, N, K, norm):
+    (launch,) = record(lambda: few(1, N, K, norm=norm, dependent=True), capability=capability)
+    (plain,) = record(lambda: few(1, N, K, norm=norm), capability=capability)
+    assert launch.compiled.spilled_bytes == 0
+    listing = launch.compiled.listing
+    (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
+    assert wait < trigger
+    loads = [i for i, name in enumerate(listing) if name.startswith("LDG.E.128")]
+    assert len(loads) == plain.compiled.count("LDG.E.128")
+    assert max(loads) < wait  # the weight and the norm's parameters; not one of them in the loop
+    copies = [i for i, name in enumerate(listing) if name.startswith("LDGSTS")]
+    assert min(copies) > wait  # x

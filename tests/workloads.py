@@ -1,0 +1,137 @@
+"""What models launch, on `meta` tensors of their sizes: what the compile tests record."""
+
+import torch
+
+import gpukernels
+from gpukernels.kernels.few_rows import few_rows
+from gpukernels.kernels.matmul import long_product
+
+
+def meta(*shape, dtype=torch.float16, grad=True):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def backward(outputs, inputs):
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(each) for each in outputs])
+
+
+def norms(width, dtype):
+    x, weight, bias, residual = (
+        meta(*shape, dtype=dtype) for shape in [(8192, width), (width,), (width,), (8192, width)]
+    )
+    backward(gpukernels.layer_norm(x, weight, bias, residual=residual), [x, residual, weight, bias])
+    backward([gpukernels.rms_norm(x, weight)], [x, weight])
+
+
+def attention(heads, width, dtype=torch.float16, **options):
+    q, k, v = meta(4, 1024, 3, heads, width, dtype=dtype).unbind(2)
+    backward([gpukernels.attention(q, k, v, **options)], [q, k, v])
+
+
+def attention_of_every_kind():
+    """Grouped heads, a window, lengths and documents: everything that adds code."""
+    q, k, v = meta(4, 256, 32, 128), meta(4, 1024, 8, 128), meta(4, 1024, 8, 128)
+    lengths, documents = (meta(*shape, dtype=torch.int32, grad=False) for shape in [(4,), (4, 1024)])
+    out = gpukernels.attention(q, k, v, window=512, lengths=lengths, documents=documents)
+    backward([out], [q, k, v])
+
+
+def linears(rows, dtype):
+    """GPT-2's products: each of its shapes once, forward and backward, with what is fused there."""
+    x, hidden = meta(rows, 768, dtype=dtype), meta(rows, 3072, dtype=dtype)
+    qkv, up, down = (meta(*shape, dtype=dtype) for shape in [(2304, 768), (3072, 768), (768, 3072)])
+    for y, inputs in (
+        (gpukernels.linear(x, qkv, meta(2304, dtype=dtype)), [x, qkv]),
+        (gpukernels.linear(x, up, bias := meta(3072, dtype=dtype), activation="gelu_new"), [x, up, bias]),
+        (gpukernels.linear(hidden, down, residual=x), [hidden, down, x]),
+    ):
+        backward([y], inputs)
+
+
+def inference(dtype):
+    with torch.no_grad():
+        x, half = meta(64, 768, dtype=dtype), meta(3072, 768)
+        gpukernels.linear(x, half, meta(3072), activation="gelu")
+        gpukernels.matmul(meta(8, 64, 80, dtype=dtype), meta(8, 80, 64, dtype=dtype))  # a batch, and a short tail of K
+
+
+def accumulation():
+    """A chunk of a tied head's gradient, added to a float32 total."""
+    total = meta(50304, 768, dtype=torch.float32, grad=False)
+    long_product(meta(1024, 50304, grad=False).T, meta(1024, 768, grad=False), out=total, accumulate=True)
+    long_product(meta(8192, 768, grad=False).T, meta(8192, 768, grad=False), out=total[:768], accumulate=True)
+
+
+def few(M, N, K, *, norm=True, dtype=torch.float16, bias=True, **options):
+    """One product of a decode step: after a norm, or with a residual."""
+    x, weight, norm_weight, residual = (
+        meta(*shape, dtype=dtype, grad=False) for shape in ((M, K), (N, K), (K,), (M, N))
+    )
+    few_rows(
+        x, weight, meta(N, dtype=dtype, grad=False) if bias else None, residual=None if norm else residual,
+        norm=(norm_weight, norm_weight if bias else None, 1e-5, bias) if norm else None, **options,
+    )  # fmt: skip
+
+
+def few_rows_of_gpt2(C, dtype=torch.float16, M=1):
+    few(M, 3 * C, C, dtype=dtype)
+    few(M, C, C, norm=False, dtype=dtype)
+    few(M, 4 * C, C, activation="gelu_new", dtype=dtype)
+    few(M, C, 4 * C, norm=False, dtype=dtype)
+
+
+def few_rows_of_llama():
+    few(1, 4096, 4096, bias=False, dtype=torch.bfloat16)
+    few(1, 4096, 11008, norm=False, bias=False, dtype=torch.bfloat16)
+
+
+def losses(width, padded, dtype, **options):
+    logits, targets = meta(8192, padded, dtype=dtype)[:, :width], meta(8192, dtype=torch.int64, grad=False)
+    weights = meta(8192, dtype=torch.float32, grad=False)
+    backward([gpukernels.cross_entropy(logits, targets, **options)], [logits])
+    gpukernels.cross_entropy_with_gradient(logits, targets, weights=weights, **options)
+
+
+def linear_losses(dtype):
+    hidden, weight = meta(8192, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
+    targets = meta(8192, dtype=torch.int64, grad=False)
+    backward([gpukernels.linear_cross_entropy(hidden, weight, targets)], [hidden, weight])
+
+
+def optimizers(dtype):
+    size = 124_439_808
+    parameter, gradient = (meta(size, dtype=dtype, grad=False) for _ in range(2))
+    first, second, master = (meta(size, dtype=torch.float32, grad=False) for _ in range(3))
+    step, rate = meta(1, dtype=torch.int32, grad=False), meta(1, dtype=torch.float32, grad=False)
+    options = {"step": step, "learning_rate": rate, "decayed": size // 2, "weight_decay": 0.1}
+    master = None if dtype == torch.float32 else master
+    gpukernels.adamw(parameter, gradient, first, second, **options, master=master, gradient_scale=rate)
+
+
+#: By name: what is launched. Together they reach every kernel.
+WORKLOADS = {
+    "norms of GPT-2": lambda: norms(768, torch.float16),
+    "norms of GPT-2 XL": lambda: norms(1600, torch.bfloat16),
+    "norms of rows wider than registers": lambda: norms(20000, torch.float32),
+    "attention of GPT-2": lambda: attention(12, 64),
+    "attention of GPT-2 in float32": lambda: attention(12, 64, torch.float32),
+    "attention of LLaMA": lambda: attention(32, 128, torch.bfloat16),
+    "attention, 256 wide": lambda: attention(8, 256),
+    "attention of every kind": attention_of_every_kind,
+    "products of GPT-2": lambda: linears(8192, torch.float16),
+    "products in bfloat16": lambda: linears(8192, torch.bfloat16),
+    "products in float32, of a float16 weight": lambda: inference(torch.float32),
+    "products in float16, without gradients": lambda: inference(torch.float16),
+    "gradients that add up": accumulation,
+    "few rows of GPT-2": lambda: few_rows_of_gpt2(768),
+    "few rows of GPT-2's unembedding": lambda: few(1, 50304, 768, bias=False),
+    "few rows of GPT-2 XL": lambda: few_rows_of_gpt2(1600),
+    "few rows of GPT-2 in float32": lambda: few_rows_of_gpt2(768, torch.float32),
+    "few rows of LLaMA": few_rows_of_llama,
+    "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
+    "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
+    "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),
+    "linear loss of GPT-2": lambda: linear_losses(torch.bfloat16),
+    "AdamW of GPT-2": lambda: optimizers(torch.float32),
+    "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
+}
