@@ -25,6 +25,7 @@ import triton.language as tl
 
 from gpukernels.kernels.device import rows
 from gpukernels.kernels.loss import divisor_of, empty_rows, losses, total_of
+from gpukernels.kernels.matmul import long_product, product
 
 _CHUNK_BYTES = 1 << 28  # of logits at a time
 _BLOCK = 2048  # elements of a program of `_scale_kernel`
@@ -44,16 +45,6 @@ def _scale_kernel(x_ptr, dloss_ptr, divisor_ptr, out_ptr, N, BLOCK_N: tl.constex
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), at < N)
 
 
-def _product(a, b, out):
-    """out = a @ b."""
-    torch.mm(a, b, out=out)
-
-
-def _add_product(a, b, total, *, first):
-    """total = a @ b, or total += a @ b after the first; total is float32."""
-    torch.addmm(total, a.float(), b.float(), beta=0 if first else 1, out=total)
-
-
 def rows_at_a_time(vocabulary: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk: a power of two whose logits take up to 256 MiB, and at least 128."""
     most = _CHUNK_BYTES // (vocabulary * dtype.itemsize)
@@ -70,13 +61,13 @@ def _chunks(hidden, weight, targets, weights, options, chunk, *, loss, dhidden, 
     for start in range(0, M, chunk):
         part = slice(start, start + chunk)
         x = logits[: M - start]
-        _product(hidden[part], weight.T, x)
+        product(hidden[part], weight.T, out=x)
         token_weights = None if weights is None else weights[part]
         losses(x, targets[part], token_weights, *options, loss=loss[part], dx=x if needed else None)
         if dhidden is not None:
-            _product(x, weight, dhidden[part])
+            product(x, weight, out=dhidden[part])
         if dweight is not None:
-            _add_product(x.T, hidden[part], dweight, first=start == 0)
+            long_product(x.T, hidden[part], out=dweight, accumulate=start > 0)
 
 
 def _scaled(x, dtype, dloss=None, divisor=None):
