@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpukernels.kernels.activations import activate
 from gpukernels.kernels.device import gpu, rows
-from gpukernels.kernels.matmul_tiles import GROUP_M, descriptor_tile, pointer_tile, splits
+from gpukernels.kernels.matmul_tiles import GROUP_M, descriptor_tile, pointer_tile, splits, too_few_wide_tiles
 from gpukernels.kernels.partials import add_partials
 
 
@@ -172,32 +172,32 @@ def long_product(a, b, *, out_dtype=None, out=None, accumulate=False):
     (M, K), N = a.shape, b.shape[1]
     if out is None:
         out = torch.empty((M, N), dtype=out_dtype or a.dtype, device=a.device)
-    # float32 rows of N are all that the partial sums ask of descriptors.
-    tile = (
-        descriptor_tile(N, [torch.float32])
-        if _suit_descriptors(a, b) and N % 4 == 0
-        else pointer_tile(_dot_dtype(a, b))
-    )
+    narrow = too_few_wide_tiles(M, N, gpu())
+    tile = pointer_tile(_dot_dtype(a, b))
+    if _suit_descriptors(a, b) and N % 4 == 0:  # so that float32 rows are of 16 bytes
+        tile = descriptor_tile(N, [torch.float32], narrow=narrow)
     tiles_m, steps = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(K, tile.BLOCK_K)
     parts = splits(tiles_m * triton.cdiv(N, tile.BLOCK_N), steps, gpu())
     split_k = triton.cdiv(steps, parts) * tile.BLOCK_K
     if split_k >= K or not out.is_contiguous():
-        return product(a, b, residual=out if accumulate else None, out=out)[0]
+        if out.numel():
+            _launch(a, b, None, None, out if accumulate else None, None, out, K, narrow)
+        return out
     # Part by part, and in each as many rows as its tiles have: none writes into the next one's.
     partial = torch.empty((triton.cdiv(K, split_k), tiles_m * tile.BLOCK_M, N), dtype=torch.float32, device=a.device)
-    _launch(a, b, None, None, None, None, partial, split_k)
+    _launch(a, b, None, None, None, None, partial, split_k, narrow)
     add_partials(partial.view(1, len(partial), -1), out, accumulate=accumulate)
     return out
 
 
-def _launch(a, b, bias, activation, residual, z, out, split_k):
+def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
     """Where `split_k` is less than K, out is (parts, M or more, N): the sums over split_k elements each."""
     (M, K), N = a.shape[-2:], b.shape[-1]
     parts = triton.cdiv(K, split_k) if split_k < K else 1
     ends = [each for each in (residual, z, out) if each is not None]
     if _suit_descriptors(a, b) and all(_rows_suit_descriptors(each) for each in ends):
         results = [each.dtype for each in (z, out) if each is not None]
-        tile = descriptor_tile(N, results, None if residual is None else residual.dtype)
+        tile = descriptor_tile(N, results, None if residual is None else residual.dtype, narrow=narrow)
         a_by_column, b_by_column = a.stride(1) != 1, b.stride(1) != 1
         whole = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)
         half = (tile.BLOCK_M, tile.BLOCK_N // 2)

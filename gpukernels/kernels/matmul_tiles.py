@@ -40,14 +40,22 @@ def pointer_tile(dtype: torch.dtype) -> ProductTile:
     return _POINTER_SINGLE if dtype == torch.float32 else _POINTER
 
 
-def descriptor_tile(N: int, results: Iterable[torch.dtype], residual: torch.dtype | None = None) -> ProductTile:
+def descriptor_tile(
+    N: int, results: Iterable[torch.dtype], residual: torch.dtype | None = None, *, narrow: bool = False
+) -> ProductTile:
     """The tile for a result of N columns, stored in each of the dtypes `results`, with a residual of that dtype."""
     # Halves of a tile leave through one buffer for each dtype; on sm_100 those of float32 through one each.
     staged = sum(2 * dtype.itemsize if dtype == torch.float32 else dtype.itemsize for dtype in set(results))
     staged += 0 if residual is None else residual.itemsize  # and a residual comes in through one of its own
     tile = _fitted(_DESCRIPTOR_WIDE, staged)
     # With fewer than three stages the loads do not keep up.
-    return tile if N >= _WIDE and tile.num_stages >= 3 else _fitted(_DESCRIPTOR, staged)
+    return tile if N >= _WIDE and not narrow and tile.num_stages >= 3 else _fitted(_DESCRIPTOR, staged)
+
+
+def too_few_wide_tiles(M: int, N: int, gpu: Gpu) -> bool:
+    """Whether multiprocessors would have nothing to do: asked only where a row's bits may depend on M."""
+    wide = _DESCRIPTOR_WIDE
+    return triton.cdiv(M, wide.BLOCK_M) * triton.cdiv(N, wide.BLOCK_N) < gpu.multiprocessors
 
 
 def _fitted(tile: ProductTile, staged: int) -> ProductTile:
