@@ -7,7 +7,8 @@ The sums are float32, rounded once. Nothing is read outside a table: an index th
 of NaN, and adds to no gradient.
 
 Forward, M rows of C elements of b bytes: 3 M C b, 2 M C b without positions; rows that were read before
-come from the cache. Backward of a table of V rows: reads dy and writes the gradient, (M + V) C b.
+come from the cache. Backward of a table of V rows: reads dy and writes the gradient, (M + V) C b, and sorts M
+indices.
 
 In the backward pass the indices are sorted first, so that those of a row stand together, in their order.
 One program adds up one row: no atomics, the same bits every time. A row that very many indices read, as a
