@@ -66,6 +66,15 @@ def test_budgets(name, capability):
             assert compiled.tensor_core_instructions, f"{launch.kernel} has no tensor-core instruction"
 
 
+def test_weights_of_the_sampler_are_the_same_on_every_gpu():
+    """Their products and sums are rounded one by one: what is fused is the one division of a row, in its two forms."""
+    logits, one = meta(1, 50304, grad=False), meta(1, dtype=torch.float32, grad=False)
+    options = dict.fromkeys(("temperature", "top_p", "min_p", "uniforms"), one)
+    for capability in CHIPS:
+        (launch,) = record(lambda: gpukernels.sample(logits, **options), capability=capability)
+        assert launch.compiled.count("FFMA") <= 16
+
+
 def test_every_kernel_is_compiled():
     written = {
         node.name

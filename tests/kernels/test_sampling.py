@@ -9,6 +9,7 @@ from truth import host
 
 from gpukernels import numpy_ops, sample
 from gpukernels.kernels import sampling
+from gpukernels.numpy_ops.sampling import candidates
 
 ROWS = 8
 
@@ -96,6 +97,32 @@ def test_with_the_block_as_it_is(monkeypatch):
         logits, options = mixed(6, 3, size)
         options["temperature"][:] = 1
         check(logits, **options)
+
+
+@pytest.mark.parametrize("threshold", ["top_k", "top_p"])
+def test_a_threshold_keeps_exactly_what_it_should(threshold):
+    """Each row keeps one token more than the one before it, and the last uniform number draws the last of them."""
+    size = 18
+    logits = np.tile(-0.1 * np.arange(size, dtype=np.float32), (size, 1))
+    weights = np.exp(-0.1 * np.arange(size))
+    enough = (np.cumsum(weights) - weights / 2) / weights.sum()  # half-way through each token
+    options = {"temperature": np.ones(size, np.float32), "uniforms": np.full(size, 1 - 2**-24, np.float32)}
+    options[threshold] = np.arange(1, size + 1) if threshold == "top_k" else enough.astype(np.float32)
+    got = sample(on("torch", logits, DEVICE), **device(options))
+    np.testing.assert_array_equal(host(got), np.arange(size))
+
+
+def test_draws_on_both_sides_of_an_edge():
+    """The two numbers between which the choice changes: the last bits of the weights decide where that is."""
+    random, rows = np.random.default_rng(8), 12
+    logits = random.standard_normal((rows, 20)).astype(np.float32)
+    temperature = random.uniform(0.5, 2, rows).astype(np.float32)
+    edges = []
+    for x, t in zip(logits, temperature, strict=True):
+        sums = np.cumsum(candidates(x, t)[1])
+        edges.append(-(-int(sums[9]) * 2**24 // int(sums[-1])))
+    for side in (0, 1):
+        check(logits, temperature=temperature, uniforms=np.array([edge - side for edge in edges], np.float32) / 2**24)
 
 
 def test_ties_fill_the_vocabulary():
