@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workloads import WORKLOADS
+from workloads import WORKLOADS, meta
 
 import gpukernels
 from gpukernels.compile_report import CHIPS, Launch, record
