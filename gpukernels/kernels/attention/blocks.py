@@ -58,7 +58,8 @@ def seeing_queries(j, length, bounds_ptr, S, CAUSAL: tl.constexpr, WINDOW: tl.co
 @triton.jit
 def _borders(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
     """(lo, a, b, hi): in steps of BLOCK, [lo, a) and [b, hi) need a mask, [a, b) is whole blocks that do not."""
-    a = tl.minimum(lo + tl.cdiv(tl.maximum(full_lo - lo, 0), BLOCK) * BLOCK, hi)
+    # Not cut at hi: where lo and full_lo are 0, a is a constant then, which spares the walk registers.
+    a = lo + tl.cdiv(tl.maximum(full_lo - lo, 0), BLOCK) * BLOCK
     b = a + tl.maximum(full_hi - a, 0) // BLOCK * BLOCK
     return lo, a, b, hi
 
@@ -94,7 +95,7 @@ def query_sections(
     lo = tl.maximum(lo - offset, 0)
     hi = tl.where(n < length, hi - offset, 0)
     full_hi = tl.where(n + BLOCK_N <= length, full_hi - offset, 0)
-    return first, last, _borders(lo, full_lo - offset, full_hi, hi, BLOCK_M)
+    return first, last, _borders(lo, tl.minimum(full_lo - offset, hi), full_hi, hi, BLOCK_M)
 
 
 @triton.jit
