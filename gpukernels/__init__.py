@@ -1,7 +1,8 @@
 """Kernels for transformers: one op, one meaning, an implementation for every kind of array.
 
 `gpukernels.ops` is the place to start reading: it holds what each op means and checks. A NumPy
-array runs `numpy_ops`, a torch tensor runs `torch_ops`; importing this package imports no torch.
+array runs `numpy_ops`, a CUDA tensor the Triton kernels (through `library`), any other tensor
+`torch_ops`, a CuPy array what its tensor would (`interop`). Importing this package imports no torch.
 """
 
 from gpukernels.ops import (

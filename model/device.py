@@ -1,7 +1,7 @@
 """Where a model's arrays live: NumPy on the CPU, or a torch device. Decided once, while loading.
 
-`device="cpu"` is NumPy and `device=torch.device("cpu")` is plain torch; `"cuda"` is torch on an NVIDIA
-GPU; `"auto"` is `"cuda"` where there is one. A `Device` makes arrays and moves values in and out; what
+`device="cpu"` is NumPy and `device=torch.device("cpu")` is plain torch; `"cuda"` is Triton's kernels on an
+NVIDIA GPU; `"auto"` is `"cuda"` where there is one. A `Device` makes arrays and moves values in and out; what
 is computed with them is the ops' business.
 """
 

@@ -1,9 +1,10 @@
 """The public ops: what each one means, what it accepts, and one call to what runs it.
 
-The type of the arrays chooses the implementation: `np.ndarray` runs `numpy_ops` (which imports
-NumPy only), `torch.Tensor` runs `torch_ops`. Nothing else does: no global switch, no environment
-variable. Every check stands here, before anything is allocated, so that all implementations accept
-and refuse the same calls with the same words.
+The type and device of the arrays choose the implementation: `np.ndarray` runs `numpy_ops` (which
+imports NumPy only), a CUDA tensor of up to 32 bits runs the Triton kernels, any other tensor
+`torch_ops`, CuPy's arrays what their tensors would. Nothing else does: no global switch, no
+environment variable of ours. Every check stands here, before anything is allocated, so that all
+implementations accept and refuse the same calls with the same words.
 
 Dimensions: B batch, T new positions, S key positions, H query heads, Hkv key-value heads, D head
 width, C model width, V vocabulary; matrices M, N, K. Weights are (out, in), as torch has them; any
