@@ -272,6 +272,26 @@ def test_a_large_vocabulary_of_equals(library):
         assert host(got).tolist() == [token]
 
 
+@both
+def test_a_value_outside_its_range_counts_as_the_end_of_it(library):
+    logits, options = mixed(9, 40, 30)
+    for name, values in (
+        ("temperature", (-1, 0)),
+        ("top_k", (-5, 0)),
+        ("top_p", (-1, 0)),
+        ("top_p", (7, 1)),
+        ("min_p", (-1, 0)),
+        ("min_p", (2, 1)),
+        ("uniforms", (-0.5, 0)),
+        ("uniforms", (1.5, LARGEST)),
+    ):
+        results = []
+        for value in values:
+            some = options | {name: np.full_like(options[name], value)}
+            results.append(host(sample(on(library, logits), **{key: on(library, x) for key, x in some.items()})))
+        np.testing.assert_array_equal(*results, err_msg=name)
+
+
 LOGITS = "logits must be (B, V) with V of 1 to 4194304"
 DRAW = "a draw needs uniforms, or seed, stream and step, got"
 TOGETHER = "repetition_penalty and seen go together, got only"

@@ -57,7 +57,7 @@ def sample(
             if uniforms is None:
                 draw = _philox(int(seed[row]), int(stream[row]), int(step[row]))
             else:
-                draw = int(uniforms[row] * 2**UNIFORM_BITS)
+                draw = min(max(int(uniforms[row] * 2**UNIFORM_BITS), 0), 2**UNIFORM_BITS - 1)
             sums = np.cumsum(weights)
             tokens[row] = ids[np.searchsorted(sums, draw * int(sums[-1]) >> UNIFORM_BITS, side="right")]
     return tokens
@@ -85,7 +85,7 @@ def candidates(x, temperature, top_k=0, top_p=1.0, min_p=0.0) -> tuple[np.ndarra
         kept = distance <= nearest[np.searchsorted(sums, enough)]
         ids, distance = ids[kept], distance[kept]
     weights = _weights(distance, rate)
-    least = int(np.ceil(np.float32(min_p) * 2**WEIGHT_BITS))
+    least = min(int(np.ceil(np.float32(min_p) * 2**WEIGHT_BITS)), 2**WEIGHT_BITS)
     if least > 0:
         kept = weights >= least
         ids, weights = ids[kept], weights[kept]

@@ -33,7 +33,8 @@ def sample(
     The draw inverts the cumulative distribution, in the order of the vocabulary, at a uniform number.
 
     Every option is an array with a value for each row, so that rows of different requests share a call
-    and nothing is asked of the device. Values are not checked. None leaves a step out for all rows.
+    and nothing is asked of the device. Values are not checked: what lies outside its range counts as the end
+    of it. None leaves a step out for all rows.
 
     Args:
         logits: (B, V), V of 1 to 2^22; read as float32. -inf is a token that cannot be.
@@ -62,7 +63,7 @@ def sample(
     implementation makes the same choice from the same logits and numbers, always, and a row's does not
     depend on its neighbours. A token p times as likely as the best has p within 2^-22 (1 + ln(1 / p)) of
     itself; below 2^-40 it is 0.
-    Cost: one read of the logits for the largest; about 32 more, from the L2 cache, for top-k, and as
+    Cost: one read of the logits for the largest; up to 31 more, from the L2 cache, for top-k, and as
     many for top-p; two or three for the draw.
     """
     options = {

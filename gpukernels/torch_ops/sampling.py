@@ -44,9 +44,12 @@ def sample(
             limit = torch.where(part[:, None] < 2**UNIFORM_BITS, ordered.gather(1, place), torch.inf)
             weights = weights.masked_fill(distance > limit, 0)
         if min_p is not None:
-            least = (min_p.float() * 2**WEIGHT_BITS).ceil().long()
+            least = (min_p.float() * 2**WEIGHT_BITS).ceil().long().clamp(max=2**WEIGHT_BITS)
             weights = weights.masked_fill(weights < least[:, None], 0)
-        draws = _philox(seed, stream, step) if uniforms is None else (uniforms * 2**UNIFORM_BITS).long()
+        if uniforms is None:
+            draws = _philox(seed, stream, step)
+        else:
+            draws = (uniforms * 2**UNIFORM_BITS).long().clamp(0, 2**UNIFORM_BITS - 1)
         sums = weights.cumsum(1)
         drawn = (sums <= _part(sums[:, -1], draws, 0)[:, None]).sum(1)
         tokens = torch.where(temperature > 0, drawn, tokens)

@@ -125,6 +125,16 @@ def test_draws_on_both_sides_of_an_edge():
         check(logits, temperature=temperature, uniforms=np.array([edge - side for edge in edges], np.float32) / 2**24)
 
 
+def test_values_outside_their_ranges():
+    logits, options = mixed(9, 6, 30)
+    options["temperature"][:] = [1, 1, 1, 1, -1, 1]
+    options["uniforms"][:] = [1.5, 1, -1, 0.5, 0.5, 0.5]
+    options["min_p"][:] = [0, 0, 0, 2, 0, -1]
+    options["top_p"][:] = [-1, 1, 7, 1, 1, 1]
+    options["top_k"][:] = [0, -5, 0, 0, 0, 0]
+    check(logits, **options)
+
+
 def test_ties_fill_the_vocabulary():
     """No search can tell the tokens apart: all are kept, and the draw divides them evenly."""
     rows, size = 6, 40
