@@ -27,8 +27,8 @@ def norm_calls(kind):
         op = getattr(torch.ops.gpukernels, name).default
         _, _, mean, rstd = (each.detach() for each in op(x, weight, bias, None, 1e-5))
         dy, s, weight = residual.detach(), x.detach(), weight.detach()
-        yield f"{name}_backward", (dy, dy, s, weight, mean, rstd, 1e-5, [True] * 3)
-        yield f"{name}_backward", (dy, None, s, weight, mean, rstd, 1e-5, [False, True, False])
+        yield f"{name}_backward", (dy, dy, s, weight, mean, rstd, [True] * 3)
+        yield f"{name}_backward", (dy, None, s, weight, mean, rstd, [False, True, False])
 
 
 def attention_calls(kind):

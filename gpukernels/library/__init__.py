@@ -5,62 +5,14 @@ on fake tensors and with autograd; on CPU tensors it runs plain torch, or the ke
 interprets them (TRITON_INTERPRET=1).
 """
 
-from gpukernels.library.attention import (
-    attention,
-)
-from gpukernels.library.decode_attention import (
-    decode_attention,
-)
-from gpukernels.library.embedding import (
-    embedding,
-)
-from gpukernels.library.linear_loss import (
-    linear_cross_entropy,
-)
-from gpukernels.library.loss import (
-    cross_entropy,
-    cross_entropy_with_gradient,
-)
-from gpukernels.library.matmul import (
-    linear,
-    matmul,
-    norm_linear,
-)
-from gpukernels.library.norm import (
-    layer_norm,
-    rms_norm,
-)
-from gpukernels.library.optimizer import (
-    adamw,
-)
-from gpukernels.library.pointwise import (
-    gelu,
-    swiglu,
-)
-from gpukernels.library.rope import (
-    rope,
-)
-from gpukernels.library.sampling import (
-    sample,
-    uniform,
-)
-
-__all__ = [
-    "adamw",
-    "attention",
-    "cross_entropy",
-    "cross_entropy_with_gradient",
-    "decode_attention",
-    "embedding",
-    "gelu",
-    "layer_norm",
-    "linear",
-    "linear_cross_entropy",
-    "matmul",
-    "norm_linear",
-    "rms_norm",
-    "rope",
-    "sample",
-    "swiglu",
-    "uniform",
-]
+from gpukernels.library.attention import attention
+from gpukernels.library.decode_attention import decode_attention
+from gpukernels.library.embedding import embedding
+from gpukernels.library.linear_loss import linear_cross_entropy
+from gpukernels.library.loss import cross_entropy, cross_entropy_with_gradient
+from gpukernels.library.matmul import linear, matmul, norm_linear
+from gpukernels.library.norm import layer_norm, rms_norm
+from gpukernels.library.optimizer import adamw
+from gpukernels.library.pointwise import gelu, swiglu
+from gpukernels.library.rope import rope
+from gpukernels.library.sampling import sample, uniform

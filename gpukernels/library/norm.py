@@ -35,11 +35,11 @@ def _define_norm(name: str, *, center: bool) -> Callable:
         mean, rstd = (empty(x, n, dtype=torch.float32) for n in (rows if center else 0, rows))
         return empty(x, *x.shape), empty(x, *(x.shape if residual is not None else (0,))), mean, rstd
 
-    def backward_launch(dy, dtotal, s, weight, mean, rstd, eps, needs):
+    def backward_launch(dy, dtotal, s, weight, mean, rstd, needs):
         needs = dict(zip(("needs_dx", "needs_dweight", "needs_dbias"), needs, strict=True))
         return norm_backward(dy, dtotal, s, weight, mean, rstd, center=center, **needs)
 
-    def backward_plain(dy, dtotal, s, weight, mean, rstd, eps, needs):
+    def backward_plain(dy, dtotal, s, weight, mean, rstd, needs):
         compute = torch.promote_types(s.dtype, torch.float32)
         dy, wide = (each.to(compute).reshape(-1, s.shape[-1]) for each in (dy, s))
         h = (wide - mean[:, None] if center else wide) * rstd[:, None]
@@ -50,7 +50,7 @@ def _define_norm(name: str, *, center: bool) -> Callable:
         results = (ds.to(s.dtype), (dy * h).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype))
         return tuple(each if need else empty(each, 0) for each, need in zip(results, needs, strict=True))
 
-    def backward_fake(dy, dtotal, s, weight, mean, rstd, eps, needs):
+    def backward_fake(dy, dtotal, s, weight, mean, rstd, needs):
         shapes = (s.shape, weight.shape, weight.shape)
         likes = (s, weight, weight)
         return tuple(
@@ -65,7 +65,7 @@ def _define_norm(name: str, *, center: bool) -> Callable:
         fake=fake,
     )
     backward = define(
-        f"{name}_backward(Tensor dy, Tensor? dtotal, Tensor s, Tensor weight, Tensor mean, Tensor rstd, float eps, "
+        f"{name}_backward(Tensor dy, Tensor? dtotal, Tensor s, Tensor weight, Tensor mean, Tensor rstd, "
         "bool[3] needs) -> (Tensor, Tensor, Tensor)",
         launch=backward_launch,
         plain=backward_plain,
@@ -73,7 +73,7 @@ def _define_norm(name: str, *, center: bool) -> Callable:
     )
 
     def save(ctx, inputs, output):
-        x, weight, _, residual, ctx.eps = inputs
+        x, weight, _, residual, _ = inputs
         _, total, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
@@ -87,7 +87,7 @@ def _define_norm(name: str, *, center: bool) -> Callable:
         if dy is None:
             dy = torch.zeros_like(s)
         needs = (needs_x or needs_residual, needs_weight, needs_bias)
-        ds, dweight, dbias = backward(dy, dtotal, s, weight, mean, rstd, ctx.eps, needs)
+        ds, dweight, dbias = backward(dy, dtotal, s, weight, mean, rstd, needs)
         return (
             ds if needs_x else None,
             dweight if needs_weight else None,

@@ -14,42 +14,15 @@ A weight may be narrower than `x` (float16 storage under float32 activations): i
 as it is used.
 """
 
-from gpukernels.ops.attention import (
-    attention,
-    decode_attention,
-)
-from gpukernels.ops.checks import (
-    ACTIVATIONS,
-)
-from gpukernels.ops.loss import (
-    cross_entropy,
-    cross_entropy_with_gradient,
-    linear_cross_entropy,
-)
-from gpukernels.ops.matmul import (
-    linear,
-    matmul,
-    norm_linear,
-)
-from gpukernels.ops.norm import (
-    layer_norm,
-    rms_norm,
-)
-from gpukernels.ops.optimizer import (
-    adamw,
-)
-from gpukernels.ops.pointwise import (
-    embedding,
-    gelu,
-    swiglu,
-)
-from gpukernels.ops.rope import (
-    rope,
-)
-from gpukernels.ops.sampling import (
-    sample,
-    uniform,
-)
+from gpukernels.ops.attention import attention, decode_attention
+from gpukernels.ops.checks import ACTIVATIONS
+from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
+from gpukernels.ops.matmul import linear, matmul, norm_linear
+from gpukernels.ops.norm import layer_norm, rms_norm
+from gpukernels.ops.optimizer import adamw
+from gpukernels.ops.pointwise import embedding, gelu, swiglu
+from gpukernels.ops.rope import rope
+from gpukernels.ops.sampling import sample, uniform
 
 __all__ = [
     "ACTIVATIONS",
