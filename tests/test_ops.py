@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from truth import ACTIVATIONS, UNIT, Kind, bound, check, host, true_attention
+from kinds import both, every_kind, numpy_kinds
+from truth import ACTIVATIONS, Kind, bound, check, host, true_attention
 
 import gpukernels
 from gpukernels import cast
@@ -16,10 +17,6 @@ from gpukernels.numpy_ops.attention import _SCORES as SCORES
 from gpukernels.numpy_ops.blocks import BLOCK
 from gpukernels.numpy_ops.matmul import _WIDEN as WIDEN
 
-KINDS = [Kind("numpy", dtype) for dtype in UNIT if dtype != "bfloat16"] + [Kind("torch", dtype) for dtype in UNIT]
-every_kind = pytest.mark.parametrize("kind", KINDS, ids="-".join)
-numpy_kinds = pytest.mark.parametrize("kind", KINDS[:3], ids="-".join)
-both = pytest.mark.parametrize("library", ["numpy", "torch"])
 SHAPES = [(7,), (1, 64), (5, 1), (2, 3, 5), (31, 127), (0, 5), (2, 0, 5)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_op_errors import makers
-from test_ops import both, every_kind
+from kinds import both, every_kind
+from refusals import makers, refuses
 from truth import Kind, check, host
 
 import gpukernels
@@ -111,9 +111,7 @@ REFUSED = [
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
 def test_a_call_that_cannot_be_is_refused_in_words(library, call, error, message):
     given, lengths = call(*makers(library))
-    with pytest.raises(error) as caught:
-        decode_attention(**given, lengths=lengths)
-    assert str(caught.value) == f"decode_attention: {message}"
+    refuses(lambda: decode_attention(**given, lengths=lengths), error, f"decode_attention: {message}")
 
 
 def test_numpy_checks_lengths_by_value():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import KINDS, both, every_kind, numpy_kinds
+from kinds import KINDS, both, every_kind, numpy_kinds
 from truth import Kind, check, host
 from truth_loss import (
     OPTIONS,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_ops import KINDS, every_kind
+from kinds import KINDS, every_kind
 from truth import Kind, host
 from truth_optimizer import STEPS, check_step, draw_state
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import both
+from refusals import makers
 from sampling_cases import mixed, on, plain
-from test_op_errors import makers
-from test_ops import both
 from truth import host
 
 import gpukernels
