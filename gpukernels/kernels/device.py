@@ -37,6 +37,11 @@ def _gpu(device: int) -> Gpu:
     return Gpu(int(active.get_current_target().arch), properties["multiprocessor_count"])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Kernels may call `triton.cdiv` too, which makes it cost a launcher microseconds."""
+    return -(-a // b)
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., C) as (M, C) with neighbouring elements in a row: a view where the strides allow one."""
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])

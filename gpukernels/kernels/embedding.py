@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import rows
+from gpukernels.kernels.device import cdiv, rows
 from gpukernels.kernels.tiles import embedding_tile
 
 
@@ -71,7 +71,7 @@ def embedding_forward(ids, weight, positions, position_weight, dtype):
     P, strides = (0, (0, 0)) if positions is None else (position_weight.shape[0], position_weight.stride())
     positions = None if positions is None else positions.contiguous()
     tile = embedding_tile(C)
-    _embedding_forward_kernel[(M, triton.cdiv(C, tile.BLOCK_C))](
+    _embedding_forward_kernel[(M, cdiv(C, tile.BLOCK_C))](
         ids.contiguous(), weight, positions, position_weight, y, V, P, C, *weight.stride(), *strides,
         BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def embedding_backward(dy, indices, count, dtype):
     every = torch.arange(count + 1, dtype=indices.dtype, device=dy.device)
     firsts = torch.searchsorted(ordered, every, out_int32=True)
     tile = embedding_tile(C)
-    _embedding_backward_kernel[(count, triton.cdiv(C, tile.BLOCK_C))](
+    _embedding_backward_kernel[(count, cdiv(C, tile.BLOCK_C))](
         dy, order, firsts, dtable, C, dy.stride(0),
         BLOCK_M=tile.BLOCK_M, BLOCK_C=tile.BLOCK_C, num_warps=tile.num_warps,
     )  # fmt: skip

@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 
 from gpukernels.kernels.activations import activate
-from gpukernels.kernels.device import gpu, rows
+from gpukernels.kernels.device import cdiv, gpu, rows
 from gpukernels.kernels.norm import norm_forward
 
 
@@ -61,13 +61,13 @@ def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
     """The tile for a weight (N, K) beside an x of elements of `itemsize` bytes."""
     multiprocessors = gpu().multiprocessors
     BLOCK_N = 16 if 16 * multiprocessors <= N else 8
-    tiles, held = triton.cdiv(N, BLOCK_N), K * itemsize
+    tiles, held = cdiv(N, BLOCK_N), K * itemsize
     # Copies to shared memory start together; plain loads would be started one after the other's product. Two
     # copies of wide rows, or one beside what float32's product keeps there, would be more than an RTX 4090 has.
     if held <= _HELD[8]:
         stages = 3 if itemsize == 2 else 1
         return FewRowsTile(BLOCK_N, 8, stages, 1, norm and tiles <= _NORMS * multiprocessors)
-    splits = triton.cdiv(held, _HELD[16])
+    splits = cdiv(held, _HELD[16])
     if splits > 1:  # then more of them are no further launch: as many as run at once
         splits = max(splits, min(multiprocessors // tiles, held // _HELD[8]))
     return FewRowsTile(BLOCK_N, 16, 2 if itemsize == 2 else 1, splits, False)
@@ -239,16 +239,16 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None,
     stride_residual_m = 0 if residual is None else residual.stride(0)
     split = tile.SPLITS > 1
     partial = torch.empty((tile.SPLITS, M, N) if split else 0, dtype=torch.float32, device=x.device)
-    _few_rows_kernel[(triton.cdiv(N, tile.BLOCK_N), tile.SPLITS)](
+    _few_rows_kernel[(cdiv(N, tile.BLOCK_N), tile.SPLITS)](
         x, norm_weight, norm_bias, weight, *((None, None, partial) if split else after),
         M, N, x.stride(0), weight.stride(0), weight.stride(1), 0 if split else stride_residual_m, eps,
         K=K, BLOCK_N=tile.BLOCK_N, WARPS=tile.num_warps,
-        PIECES=max(1, triton.cdiv(K, tile.SPLITS * tile.num_warps * 32)), SPLITS=tile.SPLITS,
+        PIECES=max(1, cdiv(K, tile.SPLITS * tile.num_warps * 32)), SPLITS=tile.SPLITS,
         CENTER=center, ACTIVATION=None if split else activation, DEPENDENT=dependent,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
     if split:
-        _few_rows_finish_kernel[(triton.cdiv(N, 128), M)](
+        _few_rows_finish_kernel[(cdiv(N, 128), M)](
             partial, *after, M, N, stride_residual_m,
             BLOCK_N=128, SPLITS=tile.SPLITS, ACTIVATION=activation, num_warps=1,
         )  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import rows
+from gpukernels.kernels.device import cdiv, rows
 from gpukernels.kernels.loss import divisor_of, empty_rows, losses, total_of
 from gpukernels.kernels.matmul import long_product, product
 
@@ -73,7 +73,7 @@ def _chunks(hidden, weight, targets, weights, options, chunk, *, loss, dhidden, 
 def _scaled(x, dtype, dloss=None, divisor=None):
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     divisor = divisor if divisor is not None and divisor.numel() else None
-    _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, dloss, divisor, out, x.numel(), BLOCK_N=_BLOCK, num_warps=4)
+    _scale_kernel[(cdiv(x.numel(), _BLOCK),)](x, dloss, divisor, out, x.numel(), BLOCK_N=_BLOCK, num_warps=4)
     return out
 
 

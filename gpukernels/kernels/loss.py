@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import rows
+from gpukernels.kernels.device import cdiv, rows
 
 
 class Tile(NamedTuple):
@@ -242,7 +242,7 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
 def empty_rows(shape, dtype: torch.dtype, device) -> torch.Tensor:
     """An array (..., V) whose rows start at multiples of 64 elements, whatever V is."""
     *outer, V = shape
-    return torch.empty((*outer, triton.cdiv(V, 64) * 64), dtype=dtype, device=device)[..., :V]
+    return torch.empty((*outer, cdiv(V, 64) * 64), dtype=dtype, device=device)[..., :V]
 
 
 def divisor_of(targets, weights, ignore_index):

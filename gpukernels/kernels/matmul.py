@@ -29,7 +29,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpukernels.kernels.activations import activate
-from gpukernels.kernels.device import gpu, rows
+from gpukernels.kernels.device import cdiv, gpu, rows
 from gpukernels.kernels.matmul_tiles import GROUP_M, descriptor_tile, pointer_tile, splits, too_few_wide_tiles
 from gpukernels.kernels.partials import add_partials
 
@@ -176,15 +176,15 @@ def long_product(a, b, *, out_dtype=None, out=None, accumulate=False):
     tile = pointer_tile(_dot_dtype(a, b))
     if _suit_descriptors(a, b) and N % 4 == 0:  # so that float32 rows are of 16 bytes
         tile = descriptor_tile(N, [torch.float32], narrow=narrow)
-    tiles_m, steps = triton.cdiv(M, tile.BLOCK_M), triton.cdiv(K, tile.BLOCK_K)
-    parts = splits(tiles_m * triton.cdiv(N, tile.BLOCK_N), steps, gpu())
-    split_k = triton.cdiv(steps, parts) * tile.BLOCK_K
+    tiles_m, steps = cdiv(M, tile.BLOCK_M), cdiv(K, tile.BLOCK_K)
+    parts = splits(tiles_m * cdiv(N, tile.BLOCK_N), steps, gpu())
+    split_k = cdiv(steps, parts) * tile.BLOCK_K
     if split_k >= K or not out.is_contiguous():
         if out.numel():
             _launch(a, b, None, None, out if accumulate else None, None, out, K, narrow)
         return out
     # Part by part, and in each as many rows as its tiles have: none writes into the next one's.
-    partial = torch.empty((triton.cdiv(K, split_k), tiles_m * tile.BLOCK_M, N), dtype=torch.float32, device=a.device)
+    partial = torch.empty((cdiv(K, split_k), tiles_m * tile.BLOCK_M, N), dtype=torch.float32, device=a.device)
     _launch(a, b, None, None, None, None, partial, split_k, narrow)
     add_partials(partial.view(1, len(partial), -1), out, accumulate=accumulate)
     return out
@@ -193,7 +193,7 @@ def long_product(a, b, *, out_dtype=None, out=None, accumulate=False):
 def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
     """Where `split_k` is less than K, out is (parts, M or more, N): the sums over split_k elements each."""
     (M, K), N = a.shape[-2:], b.shape[-1]
-    parts = triton.cdiv(K, split_k) if split_k < K else 1
+    parts = cdiv(K, split_k) if split_k < K else 1
     ends = [each for each in (residual, z, out) if each is not None]
     if _suit_descriptors(a, b) and all(_rows_suit_descriptors(each) for each in ends):
         results = [each.dtype for each in (z, out) if each is not None]
@@ -201,7 +201,7 @@ def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
         a_by_column, b_by_column = a.stride(1) != 1, b.stride(1) != 1
         whole = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K)
         half = (tile.BLOCK_M, tile.BLOCK_N // 2)
-        tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+        tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
         _product_descriptor_kernel[(min(tiles * parts, gpu().multiprocessors),)](
             _descriptor(a, whole[0], whole[2], a_by_column), _descriptor(b, whole[2], whole[1], b_by_column),
             bias, *(each if each is None else _descriptor(each.view(-1, N), *half) for each in (residual, z, out)),
@@ -212,7 +212,7 @@ def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
         )  # fmt: skip
         return
     tile = pointer_tile(_dot_dtype(a, b))
-    tiles = triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N)
+    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
     if parts > 1:
         products, apart = parts, (split_k * a.stride(1), split_k * b.stride(0))
     else:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from gpukernels.kernels.activations import activation_slope
-from gpukernels.kernels.device import gpu, rows
+from gpukernels.kernels.device import cdiv, gpu, rows
 from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.partials import add_partials
 
@@ -74,8 +74,8 @@ def _differentiate(dy, z, activation, dbias):
     M, N = dy.shape
     z = z if activation is None else rows(z)
     dz = dy if activation is None else torch.empty((M, N), dtype=dy.dtype, device=dy.device)
-    columns = triton.cdiv(N, BLOCK_N)
-    programs = min(triton.cdiv(M, BLOCK_M), triton.cdiv(gpu().multiprocessors * PER_MULTIPROCESSOR, max(1, columns)))
+    columns = cdiv(N, BLOCK_N)
+    programs = min(cdiv(M, BLOCK_M), cdiv(gpu().multiprocessors * PER_MULTIPROCESSOR, max(1, columns)))
     partial = None if dbias is None else torch.empty((1, programs, N), dtype=torch.float32, device=dy.device)
     if dy.numel() and (activation is not None or dbias is not None):
         _activation_backward_kernel[(programs, columns)](

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import triton
 
-from gpukernels.kernels.device import Gpu
+from gpukernels.kernels.device import Gpu, cdiv
 
 
 class ProductTile(NamedTuple):
@@ -55,7 +54,7 @@ def descriptor_tile(
 def too_few_wide_tiles(M: int, N: int, gpu: Gpu) -> bool:
     """Whether multiprocessors would have nothing to do: asked only where a row's bits may depend on M."""
     wide = _DESCRIPTOR_WIDE
-    return triton.cdiv(M, wide.BLOCK_M) * triton.cdiv(N, wide.BLOCK_N) < gpu.multiprocessors
+    return cdiv(M, wide.BLOCK_M) * cdiv(N, wide.BLOCK_N) < gpu.multiprocessors
 
 
 def _fitted(tile: ProductTile, staged: int) -> ProductTile:
@@ -73,6 +72,6 @@ def splits(tiles: int, steps: int, gpu: Gpu) -> int:
     """
 
     def time(parts: int) -> int:
-        return triton.cdiv(tiles * parts, gpu.multiprocessors) * (triton.cdiv(steps, parts) + 8 * (parts > 1))
+        return cdiv(tiles * parts, gpu.multiprocessors) * (cdiv(steps, parts) + 8 * (parts > 1))
 
     return min(range(1, 33), key=time)

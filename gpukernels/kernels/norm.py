@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import gpu, rows
+from gpukernels.kernels.device import cdiv, gpu, rows
 from gpukernels.kernels.partials import add_partials
 from gpukernels.kernels.tiles import norm_backward_tile, norm_forward_tile
 
@@ -205,7 +205,7 @@ def norm_forward(x, weight, bias, residual, eps, *, center):
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     tile = norm_forward_tile(N)
     if tile.BLOCK_N >= N:
-        _norm_forward_kernel[(triton.cdiv(M, tile.BLOCK_M),)](
+        _norm_forward_kernel[(cdiv(M, tile.BLOCK_M),)](
             *arrays, M, N, *strides, eps,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, CENTER=center, num_warps=tile.num_warps,
         )  # fmt: skip
@@ -229,7 +229,7 @@ def norm_backward(dy, dtotal, s, weight, mean, rstd, *, center, needs_dx, needs_
     dbias = torch.empty(N if needs_dbias else 0, dtype=weight.dtype, device=s.device)
 
     tile = norm_backward_tile(N)
-    programs = min(triton.cdiv(M, tile.BLOCK_M), gpu().multiprocessors * tile.per_multiprocessor)
+    programs = min(cdiv(M, tile.BLOCK_M), gpu().multiprocessors * tile.per_multiprocessor)
     sums = needs_dweight + needs_dbias
     partial = torch.empty((sums, programs, N), dtype=torch.float32, device=s.device)
     weight, means = weight.contiguous(), None
@@ -239,7 +239,7 @@ def norm_backward(dy, dtotal, s, weight, mean, rstd, *, center, needs_dx, needs_
             dy, s, weight, mean, rstd, means, M, N, dy.stride(0), s.stride(0),
             BLOCK_N=tile.BLOCK_N, CENTER=center, num_warps=tile.num_warps,
         )  # fmt: skip
-    _norm_backward_kernel[(programs, triton.cdiv(N, tile.BLOCK_N))](
+    _norm_backward_kernel[(programs, cdiv(N, tile.BLOCK_N))](
         dy, dtotal, s, weight, mean, rstd, means, ds, partial,
         M, N, dy.stride(0), 0 if dtotal is None else dtotal.stride(0), s.stride(0),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, CENTER=center,

@@ -24,6 +24,8 @@ import math
 import triton
 import triton.language as tl
 
+from gpukernels.kernels.device import cdiv
+
 # Elements of a program, and its warps: 8 elements a thread, two 16-byte loads of each float32 buffer. Chosen
 # from the compile report, not yet measured.
 _BLOCK, _WARPS = 1024, 4
@@ -77,7 +79,7 @@ def adamw(
     """Updates parameter, both moments and master (which may be None), flat and contiguous, in place."""
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     N = parameter.numel()
-    _adamw_kernel[(triton.cdiv(N, _BLOCK),)](
+    _adamw_kernel[(cdiv(N, _BLOCK),)](
         parameter, gradient.contiguous(), first_moment, second_moment, master, step, learning_rate, gradient_scale,
         N, decayed, *logs, 1 - beta1, 1 - beta2, eps, weight_decay,
         BLOCK_N=_BLOCK, num_warps=_WARPS,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from gpukernels.kernels.activations import activate, activation_slope
-from gpukernels.kernels.device import rows
+from gpukernels.kernels.device import cdiv, rows
 from gpukernels.kernels.tiles import pointwise_tile
 
 
@@ -136,4 +136,4 @@ def _as_rows(*arrays):
 def _grid(x):
     M, N = x.shape
     tile = pointwise_tile(N)
-    return (triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),), tile._asdict()
+    return (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),), tile._asdict()

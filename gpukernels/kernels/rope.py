@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpukernels.kernels.device import cdiv
 from gpukernels.kernels.tiles import rope_tile
 
 
@@ -72,7 +73,7 @@ def rotate(x, positions, frequencies, *, interleaved, inverse):
     half = frequencies.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = rope_tile(H, D)
-    _rope_kernel[(B * T, triton.cdiv(H, tile.BLOCK_H))](
+    _rope_kernel[(B * T, cdiv(H, tile.BLOCK_H))](
         x, positions, frequencies, y, T, H, *x.stride()[:3], *positions.stride(),
         D=D, HALF=half, SIGN=-1.0 if inverse else 1.0, INTERLEAVED=interleaved,
         BLOCK_H=tile.BLOCK_H, BLOCK_HALF=triton.next_power_of_2(half),

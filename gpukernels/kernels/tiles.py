@@ -1,5 +1,6 @@
 """Tiles by op, shape and GPU. Every row says where it comes from; nothing is tuned at run time."""
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -27,10 +28,12 @@ _NORM_BACKWARD = {
 }
 
 
+@functools.cache
 def norm_forward_tile(columns: int) -> NormTile:
     return _norm_tile(_NORM_FORWARD, columns)
 
 
+@functools.cache
 def norm_backward_tile(columns: int) -> NormTile:
     return _norm_tile(_NORM_BACKWARD, columns)
 
@@ -60,6 +63,7 @@ _ATTENTION_FORWARD = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 
 _ATTENTION_FORWARD_FLOAT32 = {64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 32, 4, 1)}
 
 
+@functools.cache
 def attention_forward_tile(width: int, element_size: int, *, tma: bool) -> AttentionTile:
     half = _ATTENTION_FORWARD_TMA if tma else _ATTENTION_FORWARD
     return _attention_tile(half if element_size == 2 else _ATTENTION_FORWARD_FLOAT32, width)
@@ -81,6 +85,7 @@ _ATTENTION_BACKWARD_FLOAT32 = {
 }
 
 
+@functools.cache
 def attention_backward_tiles(width: int, element_size: int, *, tma: bool) -> tuple[AttentionTile, AttentionTile]:
     half = _ATTENTION_BACKWARD_TMA if tma else _ATTENTION_BACKWARD
     table = half if element_size == 2 else _ATTENTION_BACKWARD_FLOAT32
@@ -100,6 +105,7 @@ class PointwiseTile(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def pointwise_tile(columns: int) -> PointwiseTile:
     # 16 elements a thread: two 16-byte accesses of 16-bit values to each array. Chosen from the compile
     # report, not yet measured.
@@ -112,6 +118,7 @@ class RopeTile(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def rope_tile(heads: int, width: int) -> RopeTile:
     # 16 pairs a thread, which are those of two heads: each sine and cosine that a thread makes is used
     # twice. Chosen from the compile report, not yet measured.
@@ -126,6 +133,7 @@ class EmbeddingTile(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def embedding_tile(columns: int) -> EmbeddingTile:
     # 8 columns a thread, 16 bytes of 16-bit values. Chosen from the compile report, not yet measured.
     block = min(1024, max(16, triton.next_power_of_2(columns)))

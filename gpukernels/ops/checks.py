@@ -25,6 +25,8 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true",
 
 # Tensors without data ("meta") go the way of CUDA's: shapes are what is asked, and launches can be recorded.
 _KERNEL_DEVICES = {"cuda", "meta", "cpu"} if _INTERPRETING else {"cuda", "meta"}
+if importlib.util.find_spec("triton") is None:  # torch for Windows, for one, comes without it
+    _KERNEL_DEVICES = set()
 
 _NUMPY, _NUMPY_OR_NONE = {np.ndarray}, {np.ndarray, type(None)}
 
@@ -48,20 +50,12 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
     # A torch tensor can only be here if its owner has imported torch.
     torch = sys.modules.get("torch")
     if torch is not None and all(isinstance(array, torch.Tensor) for array in given.values()):
-        from gpukernels import torch_ops
-
         devices = {array.device for array in given.values()}
         if len(devices) > 1:
             where = ", ".join(f"{name} on {array.device}" for name, array in given.items())
             raise ValueError(f"{op}: the arrays must be on one device, got {where}")
-        device = devices.pop().type
-        if any(array.dtype == torch.float64 for array in given.values()):
-            return torch_ops
-        if device in _KERNEL_DEVICES and has_triton():
-            from gpukernels import library
-
-            return library
-        return torch_ops
+        wide = torch.float64 in [array.dtype for array in given.values()]
+        return _torch_side(devices.pop().type, wide)
     libraries = {type(array).__module__.partition(".")[0] for array in given.values()}
     if len(libraries) == 1 and all(map(shareable, given.values())):
         from gpukernels import interop
@@ -71,20 +65,29 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
     raise TypeError(f"{op}: the arrays must be all numpy.ndarray, all torch.Tensor or all of CuPy, got {kinds}")
 
 
+def _torch_side(device: str, wide: bool) -> ModuleType:
+    """What runs tensors on this kind of device; wide: one of them has 64 bits."""
+    if device in _KERNEL_DEVICES and not wide:
+        from gpukernels import library
+
+        return library
+    from gpukernels import torch_ops
+
+    return torch_ops
+
+
 def shareable(array) -> bool:
     """Whether another library can look at this array's memory."""
     return hasattr(array, "__dlpack__") or hasattr(array, "__cuda_array_interface__")
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; torch for Windows, for one, comes without it."""
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def dtype_name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+
+
+@functools.cache  # NumPy takes a microsecond to say it
+def _numpy_name(dtype: np.dtype) -> str:
+    return str(dtype)
 
 
 def shape(array) -> str:

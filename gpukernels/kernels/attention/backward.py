@@ -32,6 +32,7 @@ from gpukernels.kernels.attention.blocks import (
     unit_inner_stride,
 )
 from gpukernels.kernels.attention.forward import LOG2_E
+from gpukernels.kernels.device import cdiv
 from gpukernels.kernels.tiles import attention_backward_tiles
 
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -215,7 +216,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *,
     tma = q.element_size() == 2 and D <= 128 and all(map(fits_descriptor, (q, k, v, dout)))
     keys_tile, queries_tile = attention_backward_tiles(D, q.element_size(), tma=tma)
     block_d = keys_tile.BLOCK_D
-    _attention_delta_kernel[(triton.cdiv(T, 32), B * H)](
+    _attention_delta_kernel[(cdiv(T, 32), B * H)](
         out, dout, None if dlse is None else dlse.contiguous(), delta,
         T, H, *out.stride()[:3], *dout.stride()[:3], D=D, BLOCK_M=32, BLOCK_D=block_d,
     )  # fmt: skip
@@ -231,14 +232,14 @@ def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *,
 
     if needs_kv:
         tile = keys_tile
-        _attention_backward_keys_kernel[(triton.cdiv(S, tile.BLOCK_N), B * kv_heads)](
+        _attention_backward_keys_kernel[(cdiv(S, tile.BLOCK_N), B * kv_heads)](
             *sources(tile), lse, delta, dk, dv, lengths, bounds,
             T, S, H, H // kv_heads, scale * LOG2_E, scale, *strides, *dk.stride()[:3], *dv.stride()[:3],
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **common, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if needs_q:
         tile = queries_tile
-        _attention_backward_queries_kernel[(triton.cdiv(T, tile.BLOCK_M), B * H)](
+        _attention_backward_queries_kernel[(cdiv(T, tile.BLOCK_M), B * H)](
             *sources(tile), lse, delta, dq, lengths, bounds,
             T, S, H, H // kv_heads, scale * LOG2_E, scale, *strides, *dq.stride()[:3],
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **common, num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -36,7 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import gpu
+from gpukernels.kernels.device import cdiv, gpu
 
 # By the bytes of a key, padded: keys of a block, warps. Three blocks of keys and of values in flight must fit
 # the shared memory of any GPU. 64 keys of 128 bytes: probes on an H100, 2026-11-22. The others: chosen from
@@ -223,9 +223,9 @@ def decode_attention(q, k, v, lengths, window, scale):
     group, BLOCK_D = H // Hkv, max(16, triton.next_power_of_2(D))
     shared = group > 1 and q.dtype != torch.float32
     BLOCK_N, num_warps = _tile(_GROUP_TILES if shared else _HEAD_TILES, BLOCK_D * q.element_size())
-    programs = Hkv * triton.cdiv(group, _GROUP) if shared else H
+    programs = Hkv * cdiv(group, _GROUP) if shared else H
     SPLITS = max(1, min(_MOST_SPLITS, gpu().multiprocessors // programs))
-    splits = min(SPLITS, triton.cdiv(S, BLOCK_N))  # those that a row of S keys would use
+    splits = min(SPLITS, cdiv(S, BLOCK_N))  # those that a row of S keys would use
 
     acc = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
     stats = torch.empty((B, H, splits, 2), dtype=torch.float32, device=q.device)
@@ -234,11 +234,11 @@ def decode_attention(q, k, v, lengths, window, scale):
     arguments = (q, k, v, lengths, acc, stats, Hkv, S, window, scale / math.log(2), *strides)
     tile = {"SPLITS": SPLITS, "GROUP": group, "D": D, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
     if shared:
-        _decode_group_kernel[(B * Hkv, splits, triton.cdiv(group, _GROUP))](*arguments, BLOCK_G=_GROUP, **tile)
+        _decode_group_kernel[(B * Hkv, splits, cdiv(group, _GROUP))](*arguments, BLOCK_G=_GROUP, **tile)
     else:
         _decode_head_kernel[(B * H, splits)](*arguments, **tile)
     width = min(64, BLOCK_D)
-    _combine_splits_kernel[(B * H, triton.cdiv(D, width))](
+    _combine_splits_kernel[(B * H, cdiv(D, width))](
         acc, stats, lengths, out, H, splits, D=D, BLOCK_P=triton.next_power_of_2(SPLITS), BLOCK_D=width
     )
     return out

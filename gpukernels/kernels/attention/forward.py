@@ -32,6 +32,7 @@ from gpukernels.kernels.attention.blocks import (
     store_rows,
     unit_inner_stride,
 )
+from gpukernels.kernels.device import cdiv
 from gpukernels.kernels.tiles import attention_forward_tile
 
 LOG2_E = math.log2(math.e)
@@ -128,7 +129,7 @@ def attention_forward(q, k, v, lengths, bounds, scale, *, causal, window):
         heights = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N)
         sources = [descriptor(x, height, tile.BLOCK_D) for x, height in zip(sources, heights, strict=True)]
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-    _attention_forward_kernel[(triton.cdiv(T, tile.BLOCK_M), B * H)](
+    _attention_forward_kernel[(cdiv(T, tile.BLOCK_M), B * H)](
         *sources, out, lse, lengths, bounds,
         T, S, H, H // kv_heads, scale * LOG2_E, *strides,
         D=D, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
