@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_cases import DEVICE, HALF, LAYOUTS, SINGLE
 
+import gpukernels
 from gpukernels import library
 from gpukernels.library.few_rows import few_rows
 from gpukernels.library.registry import LAUNCHERS
@@ -271,3 +272,45 @@ def test_sample_compiled_whole():
     compiled = torch.compile(library.sample, fullgraph=True, backend="aot_eager")
     options = {"temperature": temperature, "top_p": temperature, "uniforms": temperature}
     assert torch.equal(compiled(logits, **options), library.sample(logits, **options))
+
+
+def positions(*shape):
+    return SINGLE.ints(torch.arange(shape[-1]).expand(shape), "int64")
+
+
+#: Calls of the public ops: checks and all, a compiled graph has them whole.
+PUBLIC = {
+    "attention": lambda: (draw(2, 5, 4, 16), draw(2, 7, 2, 16), draw(2, 7, 2, 16)),
+    "cross_entropy": lambda: (draw(4, 9), positions(4)),
+    "cross_entropy_with_gradient": lambda: (draw(4, 9), positions(4)),
+    "decode_attention": lambda: (draw(1, 4, 16), draw(1, 7, 2, 16), draw(1, 7, 2, 16), positions(3)[2:]),
+    "embedding": lambda: (positions(2, 4), draw(5, 8)),
+    "gelu": lambda: (draw(4, 8),),
+    "layer_norm": lambda: (draw(4, 8), draw(8), draw(8)),
+    "linear": lambda: (draw(4, 8), draw(3, 8), draw(3)),
+    "linear_cross_entropy": lambda: (draw(4, 8), draw(9, 8), positions(4)),
+    "matmul": lambda: (draw(4, 8), draw(8, 3)),
+    "norm_linear": lambda: (draw(4, 8), draw(8), None, draw(3, 8)),
+    "rms_norm": lambda: (draw(4, 8), draw(8)),
+    "rope": lambda: (draw(1, 4, 2, 8), positions(1, 4)),
+    "sample": lambda: (draw(4, 8),),
+    "swiglu": lambda: (draw(4, 8), draw(4, 8)),
+    "uniform": lambda: (positions(3), positions(3), positions(3)),
+}
+
+
+def draw(*shape):
+    return SINGLE.draw(*shape)
+
+
+def test_every_public_op_is_compiled_below_or_above():
+    named = {name for name in gpukernels.__all__ if callable(getattr(gpukernels, name))}
+    assert named == {*PUBLIC, "adamw"}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # dynamo's are
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_op_is_compiled_whole_and_without_a_warning(name):
+    op, arrays = getattr(gpukernels, name), PUBLIC[name]()
+    compiled = torch.compile(op, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(*arrays), op(*arrays), rtol=RTOL, atol=ATOL)
