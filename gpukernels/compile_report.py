@@ -9,12 +9,13 @@ The function gets tensors on torch's `meta` device, which have shapes and no mem
         print(launch.kernel, launch.grid, launch.compiled.registers, launch.compiled.spilled_bytes)
 """
 
+import contextlib
 import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,19 +102,27 @@ def record(function: Callable[[], Any], *, capability: int) -> list[Launch]:
         RuntimeError: Triton interprets its kernels in this process (TRITON_INTERPRET=1).
         triton.runtime.errors.OutOfResources: a kernel needs more shared memory than the GPU has.
     """
+    with stand_in(capability) as launches, _CallLaunchers():
+        function()
+    return launches
+
+
+@contextlib.contextmanager
+def stand_in(capability: int) -> Iterator[list[Launch]]:
+    """While this lasts, Triton believes in a GPU of this capability, and launches are only written down.
+
+    Raises as `record` does.
+    """
     if capability not in CHIPS:
         raise ValueError(f"record: capability must be one of {', '.join(map(str, CHIPS))}, got {capability}")
     if INTERPRETING:
         raise RuntimeError("record: kernels are interpreted in this process; start it without TRITON_INTERPRET")
-    stand_in = _Driver(capability)
-    before = driver._active
-    driver.set_active(stand_in)
+    before, driver_here = driver._active, _Driver(capability)
+    driver.set_active(driver_here)
     try:
-        with _CallLaunchers():
-            function()
+        yield driver_here.launches
     finally:
         driver.set_active(before)
-    return stand_in.launches
 
 
 class _CallLaunchers(TorchDispatchMode):
@@ -147,7 +156,7 @@ class _Driver:
         return {"max_shared_mem": chip.shared_memory, "multiprocessor_count": chip.multiprocessors, "warpSize": 32}
 
     def load_binary(self, name: str, cubin: bytes, shared_memory: int, device: int):
-        return None, cubin, 0, 0, 1024  # module, function, registers, spills, most threads of a block
+        return cubin, cubin, 0, 0, 1024  # module, function, registers, spills, most threads of a block
 
     def launcher_cls(self, source, metadata) -> Callable:
         def launch(x, y, z, stream, cubin, packed_metadata, launch_metadata, enter, leave, *arguments):
