@@ -4,7 +4,7 @@
 
 Needs no GPU. Triton's driver is a stand-in that writes launches down, and the launchers are registered for
 CPU tensors, so a call goes all the way that it goes on CUDA but for the driver's own launch and, for kernels
-with tensor descriptors, the making of those. The least of many short rounds: the machine may be shared, the code is the same.
+with tensor descriptors, the encoding of those. The least of many short rounds: others may share the machine.
 """
 
 import argparse
