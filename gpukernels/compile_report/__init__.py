@@ -1,0 +1,16 @@
+"""What kernels compile to, for any NVIDIA GPU, without one.
+
+`record` runs a function under a stand-in for Triton's driver: every launch goes through the real
+launcher, is specialised and compiled as it would be on that GPU, and is written down instead of run.
+The function gets tensors on torch's `meta` device, which have shapes and no memory.
+
+    launches = record(lambda: gpukernels.layer_norm(x, weight), capability=90)
+    for launch in launches:
+        print(launch.kernel, launch.grid, launch.compiled.registers, launch.compiled.spilled_bytes)
+"""
+
+from gpukernels.compile_report.binary import Compiled
+from gpukernels.compile_report.chips import CHIPS, Chip
+from gpukernels.compile_report.recording import Launch, record, stand_in
+
+__all__ = ["CHIPS", "Chip", "Compiled", "Launch", "record", "stand_in"]
