@@ -20,6 +20,14 @@ class Gpu(NamedTuple):
     capability: int  # 90 for sm_90
     multiprocessors: int
 
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether the kernels with tensor descriptors run here: where there is TMA, and 227 KiB for a block.
+
+        From compute capability 12.0 on (consumer cards) there is TMA, but 99 KiB.
+        """
+        return 90 <= self.capability < 120
+
 
 INTERPRETED = Gpu(capability=80, multiprocessors=3)
 

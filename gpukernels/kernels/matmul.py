@@ -239,7 +239,7 @@ def _dot_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 
 def _suit_descriptors(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether this GPU and these operands can have the kernel with descriptors."""
-    if not 90 <= gpu().capability < 120 or _dot_dtype(a, b).itemsize != 2 or a.ndim != 2:
+    if not gpu().takes_descriptors or _dot_dtype(a, b).itemsize != 2 or a.ndim != 2:
         return False
     return all(_rows_suit_descriptors(each if each.stride(1) == 1 else each.T) for each in (a, b))
 

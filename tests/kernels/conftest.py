@@ -55,7 +55,8 @@ if INTERPRETING:
 
     def _masked_load_or_poison(self, pointers, mask, other, *rest, **options):
         element = pointers.dtype.element_ty
-        if other is None and element.name in _POISON:
+        # Of a single element the interpreter takes an `other` that is 0 for None.
+        if other is None and element.name in _POISON and mask.data.size > 1:
             other = TensorHandle(np.full(mask.data.shape, _POISON[element.name]), element)
         return _masked_load(self, pointers, mask, other, *rest, **options)
 
