@@ -72,7 +72,7 @@ def attention_forward_tile(width: int, element_size: int, *, tma: bool) -> Atten
 # The two kernels of the backward pass: (queries, keys, warps, stages) of dk and dv, then of dq. 64 wide with
 # descriptors: a probe on an H100, 2026-11-22, level with cuDNN at T = 1024 and 4096. The others: chosen from
 # the compile report, not yet measured.
-_ATTENTION_BACKWARD_TMA = {64: ((64, 64, 4, 3), (64, 64, 4, 3)), 128: ((64, 64, 8, 1), (64, 64, 8, 2))}
+_ATTENTION_BACKWARD_TMA = {64: ((64, 64, 4, 3), (64, 64, 4, 3)), 128: ((32, 64, 8, 2), (64, 64, 8, 2))}
 _ATTENTION_BACKWARD = {
     64: ((32, 64, 4, 2), (64, 32, 4, 3)),
     128: ((64, 64, 8, 2), (64, 64, 8, 2)),

@@ -13,6 +13,7 @@ from truth import check, host
 import gpukernels
 from gpukernels.kernels import device
 from gpukernels.kernels.attention import backward, blocks, forward
+from gpukernels.kernels.device import INTERPRETING
 from gpukernels.kernels.tiles import AttentionTile
 from gpukernels.library.attention import WIDEST
 
@@ -23,6 +24,8 @@ kinds = pytest.mark.parametrize("kind", DOT_KINDS, ids=ids)
 def loads(request, monkeypatch):
     """With descriptors where the dtype and the strides allow them, and without any."""
     usual = device.gpu()
+    if request.param == "descriptors" and not (INTERPRETING or usual.takes_descriptors):
+        pytest.skip("this GPU takes no tensor descriptors")
     hopper = usual._replace(capability=90) if request.param == "descriptors" else usual._replace(capability=80)
     monkeypatch.setattr(blocks, "gpu", lambda: hopper)
     return request.param
@@ -269,3 +272,17 @@ def test_the_bounds_of_documents():
         ends = [[max(np.flatnonzero(row == value)) + 1 for value in row] for row in documents]
         found = document_bounds(SINGLE.ints(documents, "int64"))
         assert host(found).tolist() == np.stack([starts, ends], 1).tolist()
+
+
+def test_more_rows_than_a_grid_has_are_launched_in_parts(small_tiles, monkeypatch):
+    given = arrays(HALF, 5, 20, 2, 16, 20, 2, lengths=[20, 7, 0, 16, 1], documents=np.arange(100).reshape(5, 20) // 6)
+    leaves = [given[name].requires_grad_() for name in "qkv"]
+
+    def results():
+        out, lse = gpukernels.attention(**given, return_lse=True)
+        return out, lse, *torch.autograd.grad([out, lse[0, 0]], leaves, [out, lse[0, 0]])
+
+    whole = results()
+    monkeypatch.setattr(blocks, "MOST_ROWS", 2)
+    for in_parts, at_once in zip(results(), whole, strict=True):
+        assert torch.equal(in_parts, at_once)

@@ -18,10 +18,13 @@ Bytes: q, k, v, out, dout once or twice, dq, dk, dv once, plus 4 bytes a query f
 Dao et al., arXiv 2205.14135, appendix B; Dao, arXiv 2307.08691.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from gpukernels.kernels.attention import blocks
 from gpukernels.kernels.attention.blocks import (
     descriptor,
     fits_descriptor,
@@ -44,13 +47,12 @@ def _attention_delta_kernel(
     T, H, stride_ob, stride_ot, stride_oh, stride_dob, stride_dot, stride_doh,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1) % H, tl.program_id(1) // H
-    row = tl.program_id(0) * BLOCK_M
+    row, head, batch = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     o = load_rows(out_ptr, batch, row, head, stride_ob, stride_ot, stride_oh, T, D, BLOCK_M, BLOCK_D, True, False)
     do = load_rows(dout_ptr, batch, row, head, stride_dob, stride_dot, stride_doh, T, D, BLOCK_M, BLOCK_D, True, False)
     index = row + tl.arange(0, BLOCK_M)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    at = tl.program_id(1).to(tl.int64) * T + index
+    at = (batch.to(tl.int64) * H + head) * T + index
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + at, index < T, other=0.0)
     tl.store(delta_ptr + at, delta, index < T)
@@ -93,8 +95,7 @@ def _attention_backward_keys_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key-value head."""
-    kv_heads = H // GROUP
-    kv_head, batch = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
+    kv_head, batch = tl.program_id(1), tl.program_id(2)
     n = tl.program_id(0) * BLOCK_N  # the first keys are seen by the most queries, and start first
     length = S
     if lengths_ptr is not None:
@@ -111,7 +112,8 @@ def _attention_backward_keys_kernel(
     first, last, borders = query_sections(n, length, T, S, bounds_ptr, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+    for member in range(0, GROUP):  # a GROUP of 1 is a constant, and there is no loop
+        head = kv_head * GROUP + member
         at = (batch.to(tl.int64) * H + head) * T
         for section in tl.static_range(3):
             # Without any of these every key is seen from the first query on, and the first section is empty.
@@ -167,7 +169,7 @@ def _attention_backward_queries_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head."""
-    head, batch = tl.program_id(1) % H, tl.program_id(1) // H
+    head, batch = tl.program_id(1), tl.program_id(2)
     kv_head = head // GROUP
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     length = S
@@ -180,7 +182,7 @@ def _attention_backward_queries_kernel(
     first, last, borders = key_sections(row, length, T, S, bounds_ptr, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     q_tile = load_rows(q, batch, row, head, stride_qb, stride_qt, stride_qh, T, D, BLOCK_M, BLOCK_D, True, TMA)
     do_tile = load_rows(dout, batch, row, head, stride_dob, stride_dot, stride_doh, T, D, BLOCK_M, BLOCK_D, True, TMA)
-    at = tl.program_id(1).to(tl.int64) * T + index
+    at = (batch.to(tl.int64) * H + head) * T + index
     lse = tl.load(lse_ptr + at, index < T, other=0.0) * _LOG2_E
     delta = tl.load(delta_ptr + at, index < T, other=0.0)
 
@@ -203,10 +205,15 @@ def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *,
         dlse: the gradient of lse (B, H, T), float32, or None.
         needs: which of the three are wanted; dk and dv come together. The others come back empty.
     """
+    if len(q) > blocks.MOST_ROWS:
+        options = {"scale": scale, "causal": causal, "window": window, "needs": needs}
+        launch = functools.partial(attention_backward, **options)
+        return blocks.in_parts(launch, dout, dlse, q, k, v, out, lse, lengths, bounds)
     needs_q, needs_kv = needs[0], needs[1] or needs[2]
     q, k, v, dout = unit_inner_stride(q, k, v, dout)
     B, T, H, D = q.shape
     S, kv_heads = k.shape[1:3]
+    lengths = None if lengths is None else lengths.contiguous()
     dq = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape if needs_kv else 0, dtype=q.dtype, device=q.device)
     dv = torch.empty(v.shape if needs_kv else 0, dtype=q.dtype, device=q.device)
@@ -216,7 +223,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *,
     tma = q.element_size() == 2 and D <= 128 and all(map(fits_descriptor, (q, k, v, dout)))
     keys_tile, queries_tile = attention_backward_tiles(D, q.element_size(), tma=tma)
     block_d = keys_tile.BLOCK_D
-    _attention_delta_kernel[(cdiv(T, 32), B * H)](
+    _attention_delta_kernel[(cdiv(T, 32), H, B)](
         out, dout, None if dlse is None else dlse.contiguous(), delta,
         T, H, *out.stride()[:3], *dout.stride()[:3], D=D, BLOCK_M=32, BLOCK_D=block_d,
     )  # fmt: skip
@@ -232,14 +239,14 @@ def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *,
 
     if needs_kv:
         tile = keys_tile
-        _attention_backward_keys_kernel[(cdiv(S, tile.BLOCK_N), B * kv_heads)](
+        _attention_backward_keys_kernel[(cdiv(S, tile.BLOCK_N), kv_heads, B)](
             *sources(tile), lse, delta, dk, dv, lengths, bounds,
             T, S, H, H // kv_heads, scale * LOG2_E, scale, *strides, *dk.stride()[:3], *dv.stride()[:3],
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **common, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if needs_q:
         tile = queries_tile
-        _attention_backward_queries_kernel[(cdiv(T, tile.BLOCK_M), B * H)](
+        _attention_backward_queries_kernel[(cdiv(T, tile.BLOCK_M), H, B)](
             *sources(tile), lse, delta, dq, lengths, bounds,
             T, S, H, H // kv_heads, scale * LOG2_E, scale, *strides, *dq.stride()[:3],
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, **common, num_warps=tile.num_warps, num_stages=tile.num_stages,

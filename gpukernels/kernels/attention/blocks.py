@@ -11,12 +11,16 @@ keys exchanged. Positions count from the row's first key; query i stands at p = 
 at a negative position is padding and sees nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpukernels.kernels.device import gpu
+
+MOST_ROWS = 65535  # CUDA's limit for the third dimension of a grid, which is the batch here
 
 
 @triton.jit
@@ -179,6 +183,15 @@ def document_bounds(documents: torch.Tensor) -> torch.Tensor:
     return bounds
 
 
+def in_parts(function: Callable, *arrays: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """What `function` gives for the arrays (B, ...), called for no more rows at a time than a grid has."""
+    parts = []
+    for start in range(0, len(arrays[0]), MOST_ROWS):
+        stop = start + MOST_ROWS
+        parts.append(function(*(None if x is None else x[start:stop] for x in arrays)))
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
 def unit_inner_stride(*arrays: torch.Tensor) -> list[torch.Tensor]:
     """The arrays, those copied whose last dimension is not contiguous."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in arrays]
@@ -188,7 +201,7 @@ def fits_descriptor(x: torch.Tensor) -> bool:
     """Whether the tensor memory accelerator can address x (..., D): 16-byte rows and base, and a GPU that has one."""
     size = x.element_size()
     return (
-        gpu().capability >= 90
+        gpu().takes_descriptors
         and x.numel() > 0
         and x.data_ptr() % 16 == 0
         and x.stride(-1) == 1

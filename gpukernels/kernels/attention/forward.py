@@ -18,12 +18,14 @@ stands against 256 flops: on an H100 the special-function units are as busy as t
 Dao et al., arXiv 2205.14135; Dao, arXiv 2307.08691; Milakov and Gimelshein, arXiv 1805.02867.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from gpukernels.kernels.attention import blocks
 from gpukernels.kernels.attention.blocks import (
     descriptor,
     fits_descriptor,
@@ -79,7 +81,7 @@ def _attention_forward_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1) % H, tl.program_id(1) // H
+    head, batch = tl.program_id(1), tl.program_id(2)
     kv_head = head // GROUP
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     length = S
@@ -105,7 +107,7 @@ def _attention_forward_kernel(
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     index = row + tl.arange(0, BLOCK_M)
     lse = tl.where(total == 0.0, float("-inf"), (m + tl.log2(total)) * _LN_2)
-    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * T + index, lse, index < T)
+    tl.store(lse_ptr + (batch.to(tl.int64) * H + head) * T + index, lse, index < T)
     out_ptr += (batch.to(tl.int64) * T * H + head) * D
     store_rows(out, out_ptr, row, H * D, T, D, BLOCK_M, BLOCK_D)
 
@@ -117,9 +119,13 @@ def attention_forward(q, k, v, lengths, bounds, scale, *, causal, window):
         lengths: (B,) integers on the device, or None; bounds: from `document_bounds`, or None.
         window: 0 for none.
     """
+    if len(q) > blocks.MOST_ROWS:
+        options = {"scale": scale, "causal": causal, "window": window}
+        return blocks.in_parts(functools.partial(attention_forward, **options), q, k, v, lengths, bounds)
     q, k, v = unit_inner_stride(q, k, v)
     B, T, H, D = q.shape
     S, kv_heads = k.shape[1:3]
+    lengths = None if lengths is None else lengths.contiguous()
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     tma = q.element_size() == 2 and all(map(fits_descriptor, (q, k, v)))
@@ -129,7 +135,7 @@ def attention_forward(q, k, v, lengths, bounds, scale, *, causal, window):
         heights = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N)
         sources = [descriptor(x, height, tile.BLOCK_D) for x, height in zip(sources, heights, strict=True)]
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-    _attention_forward_kernel[(cdiv(T, tile.BLOCK_M), B * H)](
+    _attention_forward_kernel[(cdiv(T, tile.BLOCK_M), H, B)](
         *sources, out, lse, lengths, bounds,
         T, S, H, H // kv_heads, scale * LOG2_E, *strides,
         D=D, BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_D=tile.BLOCK_D,
