@@ -9,6 +9,7 @@ from gpukernels.ops import (
     ACTIVATIONS,
     adamw,
     attention,
+    cached_attention,
     cross_entropy,
     cross_entropy_with_gradient,
     decode_attention,
@@ -22,6 +23,7 @@ from gpukernels.ops import (
     rms_norm,
     rope,
     sample,
+    sample_embed,
     swiglu,
     uniform,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "ACTIVATIONS",
     "adamw",
     "attention",
+    "cached_attention",
     "cross_entropy",
     "cross_entropy_with_gradient",
     "decode_attention",
@@ -43,6 +46,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample",
+    "sample_embed",
     "swiglu",
     "uniform",
 ]

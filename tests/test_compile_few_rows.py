@@ -4,6 +4,7 @@ import pytest
 from workloads import few, few_rows_of_gpt2
 
 from gpukernels.compile_report import CHIPS, record
+from gpukernels.kernels.device import dependent_launches
 
 
 @pytest.mark.parametrize("capability", CHIPS)
@@ -35,7 +36,8 @@ def test_few_rows_load_16_bytes_and_exchange_none(capability, N, K, norm, loads,
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize(("N", "K", "norm"), [(2304, 768, True), (768, 3072, False), (4800, 1600, True)])
 def test_a_dependent_kernel_has_its_weight_before_it_waits(capability, N, K, norm):
-    (launch,) = record(lambda: few(1, N, K, norm=norm, dependent=True), capability=capability)
+    with dependent_launches():
+        (launch,) = record(lambda: few(1, N, K, norm=norm), capability=capability)
     (plain,) = record(lambda: few(1, N, K, norm=norm), capability=capability)
     assert launch.compiled.spilled_bytes <= 16
     listing = launch.compiled.listing

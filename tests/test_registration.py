@@ -102,12 +102,25 @@ def decode_attention_calls(kind):
     yield "decode_attention", (q, cache, cache + 1, lengths.long(), 4, 0.2)
 
 
+def cached_attention_calls(kind):
+    q, cache, lengths = kind.draw(2, 3, 2, 20), kind.draw(2, 2, 9, 20).transpose(1, 2), kind.ints([9, 3])
+    more = (lengths, None, 0.2)
+    yield "cached_attention", (q, q + 1, q - 1, cache.clone(), cache + 1, *more, None)
+    arrivals = torch.zeros((2, 2), dtype=torch.int32, device=DEVICE)
+    q = q[:, :1]
+    yield "cached_attention", (q, q + 1, q - 1, cache.clone(), cache + 1, *more, arrivals)
+
+
 def sample_calls(kind):
     logits, floats = kind.draw(3, 20), [SINGLE.array([0.0, 0.5, 0.9]) for _ in range(4)]
     ints, seen = kind.ints([2, 0, 1]), kind.draw(3, 20) > 0
     yield "sample", (logits, *[None] * 10)
     yield "sample", (logits, floats[0], ints, *floats[1:3], floats[3] + 0.5, seen, floats[0], None, None, None)
     yield "sample", (logits, floats[0], None, None, None, None, None, None, ints.long(), ints, ints)
+    weight, x = kind.draw(20, 12), kind.draw(3, 1, 12)
+    yield "sample_embed", (logits, *[None] * 10, ints.clone(), weight, None, x)
+    options = (floats[0], ints, *floats[1:3], floats[3] + 0.5, seen, None, ints.long(), ints, ints.clone())
+    yield "sample_embed", (logits, *options, ints.clone(), weight, kind.draw(3, 12), x)
 
 
 def pointwise_calls(kind):
@@ -136,7 +149,8 @@ def calls(kind) -> list[tuple[str, tuple]]:
     """Calls of every op: its name and its arguments."""
     families = (
         *(norm_calls, attention_calls, product_calls, few_rows_calls),
-        *(loss_calls, linear_loss_calls, adamw_calls, decode_attention_calls, sample_calls),
+        *(loss_calls, linear_loss_calls, adamw_calls),
+        *(decode_attention_calls, cached_attention_calls, sample_calls),
         *(pointwise_calls, embedding_calls),
     )
     return [call for family in families for call in family(kind)]

@@ -1,8 +1,11 @@
 """What models launch, on `meta` tensors of their sizes: what the compile tests record."""
 
+import contextlib
+
 import torch
 
 import gpukernels
+from gpukernels.kernels.device import dependent_launches
 from gpukernels.kernels.few_rows import few_rows
 from gpukernels.kernels.matmul import long_product
 
@@ -117,6 +120,16 @@ def decode_attention(heads, kv_heads, width, capacity, dtype):
     gpukernels.decode_attention(q, cache.transpose(1, 2), cache.transpose(1, 2), lengths)
 
 
+def cached_attention(heads, kv_heads, width, capacity, dtype, new=1):
+    """A token, in order and as a decode step launches it; or a prompt."""
+    q, k = (meta(1, new, each, width, dtype=dtype, grad=False) for each in (heads, kv_heads))
+    cache = meta(1, kv_heads, capacity, width, dtype=dtype, grad=False).transpose(1, 2)
+    lengths, arrivals = (meta(*shape, dtype=torch.int32, grad=False) for shape in ((1,), (1, heads)))
+    for launches in (contextlib.nullcontext, dependent_launches):
+        with launches():
+            gpukernels.cached_attention(q, k, k, cache, cache, lengths, arrivals=arrivals)
+
+
 def sample(vocabulary, padded, dtype, *, draw):
     logits = meta(1, padded, dtype=dtype, grad=False)[:, :vocabulary]
     floats = meta(1, dtype=torch.float32, grad=False)
@@ -124,7 +137,10 @@ def sample(vocabulary, padded, dtype, *, draw):
     options = dict.fromkeys(("temperature", "top_p", "min_p"), floats) if draw else {}
     options |= dict.fromkeys(("top_k", "seed", "stream", "step"), integers) if draw else {}
     seen = meta(1, padded, dtype=torch.bool, grad=False)[:, :vocabulary]
-    gpukernels.sample(logits, **options, repetition_penalty=floats, seen=seen)
+    options |= {"repetition_penalty": floats, "seen": seen}
+    gpukernels.sample(logits, **options)
+    table, x = meta(padded, 768, dtype=dtype, grad=False), meta(1, 1, 768, dtype=dtype, grad=False)
+    gpukernels.sample_embed(logits, **options, lengths=integers, weight=table, position_weight=table[:1024], x=x)
 
 
 def gelus(width, dtype):
@@ -181,6 +197,10 @@ WORKLOADS = {
     "decode attention of GPT-2": lambda: decode_attention(12, 12, 64, 1024, torch.float16),
     "decode attention of Llama 3": lambda: decode_attention(32, 8, 128, 8192, torch.bfloat16),
     "decode attention of wide heads": lambda: decode_attention(8, 4, 256, 8192, torch.float32),
+    "cached attention of GPT-2": lambda: cached_attention(12, 12, 64, 1024, torch.float16),
+    "cached attention of Llama 3": lambda: cached_attention(32, 8, 128, 8192, torch.bfloat16),
+    "cached attention of wide heads": lambda: cached_attention(8, 4, 256, 8192, torch.float32),
+    "a prompt into the cache": lambda: cached_attention(12, 12, 64, 1024, torch.float16, new=512),
     "sampling for GPT-2": lambda: sample(50257, 50304, torch.float16, draw=True),
     "sampling for Llama 3": lambda: sample(128256, 128256, torch.float32, draw=True),
     "greedy choice for GPT-2": lambda: sample(50257, 50304, torch.float32, draw=False),

@@ -24,7 +24,7 @@ from gpukernels.kernels.tiles import embedding_tile
 
 
 @triton.jit
-def _table_row(table_ptr, index, count, stride_m, stride_n, col, mask):
+def table_row(table_ptr, index, count, stride_m, stride_n, col, mask):
     """The row `index` of a table of `count` rows, float32; NaN where there is none."""
     inside = (index >= 0) & (index < count)
     row_ptr = table_ptr + index.to(tl.int64) * stride_m
@@ -41,9 +41,9 @@ def _embedding_forward_kernel(
     m = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = col < C
-    y = _table_row(weight_ptr, tl.load(ids_ptr + m), V, stride_wv, stride_wc, col, mask)
+    y = table_row(weight_ptr, tl.load(ids_ptr + m), V, stride_wv, stride_wc, col, mask)
     if positions_ptr is not None:
-        y += _table_row(position_weight_ptr, tl.load(positions_ptr + m), P, stride_pp, stride_pc, col, mask)
+        y += table_row(position_weight_ptr, tl.load(positions_ptr + m), P, stride_pp, stride_pc, col, mask)
     tl.store(y_ptr + m * C + col, y.to(y_ptr.dtype.element_ty), mask)
 
 

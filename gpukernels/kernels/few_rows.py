@@ -24,8 +24,7 @@ by N, K, the dtype and the device, never by M. That costs a second launch and 8 
 float32 sums are added in their order. The norm of a row that 8 warps cannot hold beside the weight, or that
 thousands of programs would repeat, is a launch of its own.
 
-DEPENDENT (compute capability 9.0 and up, launched with `launch_pdl`): everything that the kernel before this
-one does not write (weight, bias, norm parameters) is loaded before the wait for it, what it does write after.
+DEPENDENT (see `kernels/device.py`): the weight, the bias and the norm's parameters are loaded before the wait.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -36,7 +35,7 @@ import triton
 import triton.language as tl
 
 from gpukernels.kernels.activations import activate
-from gpukernels.kernels.device import cdiv, gpu, rows
+from gpukernels.kernels.device import cdiv, dependent_launch, gpu, rows
 from gpukernels.kernels.norm import norm_forward
 
 
@@ -214,10 +213,10 @@ def _few_rows_finish_kernel(
     tl.store(y_ptr + m * N + col, y.to(y_ptr.dtype.element_ty), mask)
 
 
-def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None, dependent=False):
+def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None):
     """y (..., N) of x's dtype. norm: (weight, bias or None, eps, center), of an RMS norm where center is False.
 
-    Right for every M, and made for 1 to 64. dependent: see DEPENDENT above; capability 9.0 and up.
+    Right for every M, and made for 1 to 64.
     """
     shape, x = (*x.shape[:-1], weight.shape[0]), rows(x)
     (M, K), N = x.shape, weight.shape[0]
@@ -244,8 +243,8 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None,
         M, N, x.stride(0), weight.stride(0), weight.stride(1), 0 if split else stride_residual_m, eps,
         K=K, BLOCK_N=tile.BLOCK_N, WARPS=tile.num_warps,
         PIECES=max(1, cdiv(K, tile.SPLITS * tile.num_warps * 32)), SPLITS=tile.SPLITS,
-        CENTER=center, ACTIVATION=None if split else activation, DEPENDENT=dependent,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **({"launch_pdl": True} if dependent else {}),
+        CENTER=center, ACTIVATION=None if split else activation,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(),
     )  # fmt: skip
     if split:
         _few_rows_finish_kernel[(cdiv(N, 128), M)](

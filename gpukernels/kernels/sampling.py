@@ -20,12 +20,16 @@ instructions for the others, and V b bytes of a row of elements of b bytes (and 
 One program a row leaves most of a GPU idle at B = 1. To divide a row, every sum would be made by a
 program for each slice, which could then stay in registers, and the slices' whole numbers added up in any
 order between two steps of a search; the steps stay the same.
+
+A decode step wants more of the same program: the token's embedding for the next step, and the row's counters
+one further. It has them here, with a launch less.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from gpukernels.kernels.embedding import table_row
 from gpukernels.numpy_ops.sampling import COLDEST, EXP2, HOTTEST, LOG2_E, UNIFORM_BITS, WEIGHT_BITS
 
 # Elements at a time, warps: chosen from the compile report, not yet measured.
@@ -153,10 +157,12 @@ def _part(whole, part, more):
 def _sample_kernel(
     x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
     uniform_ptr, seed_ptr, stream_ptr, step_ptr, token_ptr,
+    lengths_ptr, weight_ptr, position_weight_ptr, embedded_ptr,
     V, stride_xb, stride_seen_b,
-    BLOCK: tl.constexpr,
+    P, C, stride_wv, stride_wc, stride_pp, stride_pc, stride_eb,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
+    """One row; with lengths_ptr also what `sample_embed` does with the token."""
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_xb
     penalty = 1.0
@@ -209,11 +215,34 @@ def _sample_kernel(
             block, before = _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK)
             weight, _within = _kept(x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, False)
             token = block + tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
-    tl.store(token_ptr + row, tl.where(finite, token, -1).to(tl.int64))
+    token = tl.where(finite, token, -1)
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + row)
+        if length > 0:
+            tl.store(lengths_ptr + row, length + 1)
+            if step_ptr is not None:
+                tl.store(step_ptr + row, tl.load(step_ptr + row) + 1)
+            known = tl.maximum(token, 0)
+            if penalty_ptr is not None:
+                # Behind the reductions that made the token: no thread reads `seen` any more.
+                tl.store(seen_ptr + known, tl.full((), 1, tl.uint8), finite)
+            for start in range(0, C, BLOCK_C):
+                col = start + tl.arange(0, BLOCK_C)
+                mask = col < C
+                y = table_row(weight_ptr, known, V, stride_wv, stride_wc, col, mask)
+                if position_weight_ptr is not None:
+                    y += table_row(position_weight_ptr, tl.minimum(length, P - 1), P, stride_pp, stride_pc, col, mask)
+                tl.store(embedded_ptr + row * stride_eb + col, y.to(embedded_ptr.dtype.element_ty), mask)
+        else:
+            token = -1
+    tl.store(token_ptr + row, token.to(tl.int64))
 
 
-def sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, uniforms, seed, stream, step):
-    """(B,) int64. The contract is that of `gpukernels.sample`."""
+def sample(
+    logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, uniforms, seed, stream, step,
+    lengths=None, weight=None, position_weight=None, x=None,
+):  # fmt: skip
+    """(B,) int64. The contract is that of `gpukernels.sample`, or, with lengths, of `gpukernels.sample_embed`."""
     B, V = logits.shape
     logits = _unit_stride(logits)
     seen = None if seen is None else _unit_stride(seen.view(torch.uint8))
@@ -223,10 +252,15 @@ def sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, u
     )
     top_k, seed, stream, step = (None if each is None else each.contiguous() for each in (top_k, seed, stream, step))
     tokens = torch.empty(B, dtype=torch.int64, device=logits.device)
+    embedding = (0,) * 7
+    if weight is not None:
+        positions = (0, 0, 0) if position_weight is None else (len(position_weight), *position_weight.stride())
+        embedding = (positions[0], weight.shape[1], *weight.stride(), *positions[1:], x.stride(0))
     _sample_kernel[(B,)](
         logits, temperature, top_k, top_p, min_p, penalty, seen, uniforms, seed, stream, step, tokens,
-        V, logits.stride(0), 0 if seen is None else seen.stride(0),
-        BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(V))), num_warps=_WARPS,
+        lengths, weight, position_weight, x,
+        V, logits.stride(0), 0 if seen is None else seen.stride(0), *embedding,
+        BLOCK=min(_BLOCK, max(16, triton.next_power_of_2(V))), BLOCK_C=512, num_warps=_WARPS,
     )  # fmt: skip
     return tokens
 

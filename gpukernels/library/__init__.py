@@ -6,6 +6,7 @@ interprets them (TRITON_INTERPRET=1).
 """
 
 from gpukernels.library.attention import attention
+from gpukernels.library.cached_attention import cached_attention
 from gpukernels.library.decode_attention import decode_attention
 from gpukernels.library.embedding import embedding
 from gpukernels.library.linear_loss import linear_cross_entropy
@@ -15,4 +16,4 @@ from gpukernels.library.norm import layer_norm, rms_norm
 from gpukernels.library.optimizer import adamw
 from gpukernels.library.pointwise import gelu, swiglu
 from gpukernels.library.rope import rope
-from gpukernels.library.sampling import sample, uniform
+from gpukernels.library.sampling import sample, sample_embed, uniform

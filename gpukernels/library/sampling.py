@@ -1,4 +1,7 @@
-"""`sample` as a torch op, without a gradient. `uniform` is plain torch: on the GPU `sample` draws by itself."""
+"""`sample` and `sample_embed` as torch ops, without a gradient.
+
+`uniform` is plain torch: on the GPU `sample` draws by itself.
+"""
 
 import torch
 
@@ -52,3 +55,25 @@ def sample(
     step=None,
 ):
     return _sample(logits, temperature, top_k, top_p, min_p, repetition_penalty, seen, uniforms, seed, stream, step)
+
+
+def _embed_plain(logits, *rest):
+    options = dict(zip(_OPTIONS, rest, strict=False))
+    names = ("lengths", "weight", "position_weight", "x")
+    return torch_ops.sample_embed(logits, **options, **dict(zip(names, rest[len(options) :], strict=True)))
+
+
+_WRITTEN = {"seen": "(a!)", "step": "(b!)"}
+_SCHEMA = ", ".join(f"Tensor{_WRITTEN.get(name, '')}? {name}" for name in _OPTIONS)
+_sample_embed = define(
+    f"sample_embed(Tensor logits, {_SCHEMA}, "
+    "Tensor(c!) lengths, Tensor weight, Tensor? position_weight, Tensor(d!) x) -> Tensor",
+    launch=launch,
+    plain=_embed_plain,
+    fake=_fake,
+)
+
+
+def sample_embed(logits, *, lengths, weight, position_weight=None, x, **options):
+    drawing = (options.get(name) for name in _OPTIONS)
+    return _sample_embed(logits, *drawing, lengths, weight, position_weight, x)

@@ -6,11 +6,11 @@ prefill the products are BLAS's, so what stands between them works in place, on 
 stay in a core's cache.
 """
 
-from gpukernels.numpy_ops.attention import attention, decode_attention
+from gpukernels.numpy_ops.attention import attention, cached_attention, decode_attention
 from gpukernels.numpy_ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
 from gpukernels.numpy_ops.optimizer import adamw
 from gpukernels.numpy_ops.pointwise import embedding, gelu, swiglu
 from gpukernels.numpy_ops.rope import rope
-from gpukernels.numpy_ops.sampling import sample, uniform
+from gpukernels.numpy_ops.sampling import sample, sample_embed, uniform

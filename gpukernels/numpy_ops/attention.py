@@ -50,6 +50,15 @@ def decode_attention(q, k, v, lengths, *, window=None, scale=None):
     return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]
 
 
+def cached_attention(q, k, v, keys, values, lengths, *, window=None, scale=None, arrivals=None):
+    new = k.shape[1]
+    for row, length in enumerate(lengths.tolist()):
+        start, padding = max(0, length - new), max(0, new - length)
+        keys[row, start:length] = k[row, padding:]
+        values[row, start:length] = v[row, padding:]
+    return attention(q, keys, values, window=window, lengths=lengths, scale=scale)
+
+
 def _documents(documents: np.ndarray, length: int) -> Iterable[tuple[int, int]]:
     """Where each run of equal numbers starts and stops."""
     borders = np.flatnonzero(np.diff(documents[:length])) + 1

@@ -63,6 +63,25 @@ def sample(
     return tokens
 
 
+def sample_embed(logits, *, lengths, weight, position_weight=None, x, **options):
+    tokens = sample(logits, **options)
+    in_use = lengths > 0
+    tokens[~in_use] = -1
+    rows = np.flatnonzero(in_use)
+    known = np.maximum(tokens[rows], 0)
+    embedded = weight[known].astype(x.dtype, copy=False)
+    if position_weight is not None:
+        embedded += position_weight[np.minimum(lengths[rows], len(position_weight) - 1)]
+    x[rows, 0] = embedded
+    lengths[rows] += 1
+    if options.get("step") is not None:
+        options["step"][rows] += 1
+    if options.get("seen") is not None:
+        finite = tokens[rows] >= 0
+        options["seen"][rows[finite], known[finite]] = True
+    return tokens
+
+
 def uniform(seed, stream, step):
     draws = [_philox(*map(int, row)) for row in zip(seed, stream, step, strict=True)]
     return np.array(draws, np.float32) * np.float32(2.0**-UNIFORM_BITS)

@@ -14,7 +14,7 @@ A weight may be narrower than `x` (float16 storage under float32 activations): i
 as it is used.
 """
 
-from gpukernels.ops.attention import attention, decode_attention
+from gpukernels.ops.attention import attention, cached_attention, decode_attention
 from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.ops.matmul import linear, matmul, norm_linear
@@ -22,12 +22,13 @@ from gpukernels.ops.norm import layer_norm, rms_norm
 from gpukernels.ops.optimizer import adamw
 from gpukernels.ops.pointwise import embedding, gelu, swiglu
 from gpukernels.ops.rope import rope
-from gpukernels.ops.sampling import sample, uniform
+from gpukernels.ops.sampling import sample, sample_embed, uniform
 
 __all__ = [
     "ACTIVATIONS",
     "adamw",
     "attention",
+    "cached_attention",
     "cross_entropy",
     "cross_entropy_with_gradient",
     "decode_attention",
@@ -41,6 +42,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample",
+    "sample_embed",
     "swiglu",
     "uniform",
 ]

@@ -10,6 +10,7 @@ from gpukernels.ops.checks import (
     check_integers,
     check_no_gradient,
     check_shape,
+    check_written,
     dtype_name,
     implementation,
     shape,
@@ -128,6 +129,77 @@ def decode_attention(
     _check_scale("decode_attention", scale)
     check_no_gradient("decode_attention", q=q, k=k, v=v)
     return run.decode_attention(q, k, v, lengths, window=window, scale=scale)
+
+
+def cached_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    keys: Array,
+    values: Array,
+    lengths: Array,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    arrivals: Array | None = None,
+) -> Array:
+    """Appends new keys and values to a cache and attends to it: a model's step, for one token or a prompt. No gradient.
+
+    keys[b, lengths[b] - N + i] = k[b, i], values the same; then causal `attention` of q, the last T of those N
+    positions, over the row's lengths[b] keys. A position below 0 or beyond the cache is not written: a row of
+    length 0 is not in use, and its result is 0.
+
+    Args:
+        q: (B, T, H, D), T of 1 to N.
+        k, v: (B, N, Hkv, D), Hkv a divisor of H: keys and values of the new positions.
+        keys, values: (B, S, Hkv, D), the cache; written. One that is stored as (B, Hkv, S, D) is passed as its
+            transposed view. What lies past a row's length is not read.
+        lengths: (B,) int32 or int64, the keys in use of each row, the new ones counted, 0 to S. NumPy checks the
+            values; torch does not (that would wait for the device).
+        window: how many keys, its own included, a query sees at most.
+        scale: what the scores are multiplied by, above 0; default 1 / sqrt(D).
+        arrivals: (B, H) int32, zeros before and after: where the programs of a CUDA step count themselves. None:
+            made for the call, one launch more.
+
+    Returns:
+        (B, T, H, D), contiguous, of q's dtype.
+
+    Raises:
+        TypeError: arrays of different kinds, dtypes that do not match, `lengths` or `arrivals` not integers.
+        ValueError: shapes that do not match, a window below 1, a scale that is not above 0, tensors that ask for
+            a gradient, a cache whose last dimension is not contiguous.
+
+    Numerics: as `attention`; with one new position, on CUDA, as `decode_attention`: a row's bits depend on the
+    row, the heads and the device alone.
+    Cost: one position: one read of the keys and values in use, one launch.
+    """
+    op = "cached_attention"
+    arrays = {"q": q, "k": k, "v": v, "keys": keys, "values": values, "lengths": lengths}
+    run = implementation(op, arrays, arrivals=arrivals)
+    check_floats(op, q=q, k=k, v=v, keys=keys, values=values)
+    if q.ndim != 4 or 0 in (q.shape[1], q.shape[2], q.shape[3]):
+        raise ValueError(f"{op}: q must be (B, T, H, D) with T, H and D of 1 or more, got {shape(q)}")
+    _check_keys(op, q, k, v)
+    if k.shape[1] < q.shape[1]:
+        raise ValueError(f"{op}: q has {q.shape[1]} positions but k only {k.shape[1]}")
+    batch, _, kv_heads, width = k.shape
+    if keys.ndim != 4 or (keys.shape[0], *keys.shape[2:]) != (batch, kv_heads, width):
+        raise ValueError(f"{op}: keys must be ({batch}, S, {kv_heads}, {width}) to match k, got {shape(keys)}")
+    check_shape(op, "values", values, tuple(keys.shape), "to match keys")
+    for name, array in (("keys", keys), ("values", values)):
+        if array.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(array.dtype)}")
+        check_written(op, name, array)
+    _check_window(op, window)
+    _check_lengths(op, lengths, batch, keys.shape[1])
+    _check_scale(op, scale)
+    if arrivals is not None:
+        check_shape(op, "arrivals", arrivals, (batch, q.shape[2]), "one counter for each row and head")
+        check_written(op, "arrivals", arrivals, whole=True)
+        if dtype_name(arrivals.dtype) != "int32":
+            raise TypeError(f"{op}: arrivals must be int32, got {dtype_name(arrivals.dtype)}")
+    check_no_gradient(op, q=q, k=k, v=v, keys=keys, values=values)
+    return run.cached_attention(q, k, v, keys, values, lengths, window=window, scale=scale, arrivals=arrivals)
 
 
 def _check_keys(op: str, q: Array, k: Array, v: Array) -> None:

@@ -110,6 +110,14 @@ def check_shape(op: str, name: str, array, want: tuple, why: str) -> None:
         raise ValueError(f"{op}: {name} must be {want} {why}, got {shape(array)}")
 
 
+def check_written(op: str, name: str, array, *, whole: bool = False) -> None:
+    """What an op writes in place must not be copied on the way: neighbours in the last dimension, or `whole`."""
+    if isinstance(array, np.ndarray) or (array.is_contiguous() if whole else array.stride(-1) == 1):
+        return
+    what = "be contiguous" if whole else "have a contiguous last dimension"
+    raise ValueError(f"{op}: {name} is written and must {what}, got the strides {tuple(array.stride())}")
+
+
 def check_scalar(op: str, name: str, array, like) -> None:
     """One number in an array, of the dtype that `like` is computed in."""
     want = "float64" if dtype_name(like.dtype) == "float64" else "float32"

@@ -6,6 +6,7 @@ from gpukernels.ops.checks import (
     check_integers,
     check_no_gradient,
     check_shape,
+    check_written,
     dtype_name,
     implementation,
     shape,
@@ -79,32 +80,113 @@ def sample(
         "step": step,
     }
     run = implementation("sample", {"logits": logits}, **options)
-    check_floats("sample", logits=logits)
+    _check_sampling("sample", logits, options)
+    return run.sample(logits, **options)
+
+
+def sample_embed(
+    logits: Array,
+    *,
+    lengths: Array,
+    weight: Array,
+    position_weight: Array | None = None,
+    x: Array,
+    temperature: Array | None = None,
+    top_k: Array | None = None,
+    top_p: Array | None = None,
+    min_p: Array | None = None,
+    repetition_penalty: Array | None = None,
+    seen: Array | None = None,
+    uniforms: Array | None = None,
+    seed: Array | None = None,
+    stream: Array | None = None,
+    step: Array | None = None,
+) -> Array:
+    """`sample`, and what a decode step does with the token: embeds it and moves the row one on. No gradient.
+
+    For every row b in use, one with lengths[b] > 0, that is the number of tokens before the new one:
+
+        tokens[b] = sample(logits)[b]
+        x[b, 0] = weight[tokens[b]] + position_weight[min(lengths[b], P - 1)]
+        lengths[b] += 1;  step[b] += 1;  seen[b, tokens[b]] = True
+
+    Nothing of a row that is not in use is written, and its token is -1. Where the logits are not finite the
+    token is -1 too, and that of id 0 is embedded.
+
+    Args:
+        logits, temperature to step: as in `sample`; `step` and `seen` are written.
+        lengths: (B,) int32; written.
+        weight: (V', C), the table of tokens; V' is V or more.
+        position_weight: (P, C), the table of positions, or None.
+        x: (B, 1, C), contiguous rows, of the activations' dtype; written.
+
+    Returns:
+        (B,) int64 tokens. Raises as `sample` and `embedding` do.
+    """
+    op = "sample_embed"
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seen": seen,
+        "uniforms": uniforms,
+        "seed": seed,
+        "stream": stream,
+        "step": step,
+    }
+    arrays = {"logits": logits, "lengths": lengths, "weight": weight, "x": x}
+    run = implementation(op, arrays, position_weight=position_weight, **options)
+    _check_sampling(op, logits, options)
+    check_floats(op, weight=weight, x=x, position_weight=position_weight)
+    batch, vocabulary = logits.shape
+    check_shape(op, "lengths", lengths, (batch,), "one length for each row")
+    if dtype_name(lengths.dtype) != "int32":
+        raise TypeError(f"{op}: lengths must be int32, got {dtype_name(lengths.dtype)}")
+    if weight.ndim != 2 or weight.shape[0] < vocabulary:
+        raise ValueError(f"{op}: weight must be ({vocabulary}, C) or longer, to match logits, got {shape(weight)}")
+    check_shape(op, "x", x, (batch, 1, weight.shape[1]), "to match logits and weight")
+    if position_weight is not None and (position_weight.ndim != 2 or position_weight.shape[1] != weight.shape[1]):
+        wanted = f"(P, {weight.shape[1]})"
+        raise ValueError(f"{op}: position_weight must be {wanted} to match weight, got {shape(position_weight)}")
+    check_written(op, "x", x)
+    for name, array in (("lengths", lengths), ("step", step)):
+        if array is not None:
+            check_written(op, name, array, whole=True)
+    if seen is not None:
+        check_written(op, "seen", seen)
+    check_no_gradient(op, weight=weight, position_weight=position_weight, x=x)
+    return run.sample_embed(logits, lengths=lengths, weight=weight, position_weight=position_weight, x=x, **options)
+
+
+def _check_sampling(op: str, logits: Array, options: dict[str, Array | None]) -> None:
+    check_floats(op, logits=logits)
     if logits.ndim != 2 or not 1 <= logits.shape[1] <= 2**22:
-        raise ValueError(f"sample: logits must be (B, V) with V of 1 to {2**22}, got {shape(logits)}")
+        raise ValueError(f"{op}: logits must be (B, V) with V of 1 to {2**22}, got {shape(logits)}")
     for name, array in options.items():
         if array is None:
             continue
         if name == "seen":
-            check_shape("sample", name, array, tuple(logits.shape), "to match logits")
+            check_shape(op, name, array, tuple(logits.shape), "to match logits")
             if dtype_name(array.dtype) != "bool":
-                raise TypeError(f"sample: seen must be bool, got {dtype_name(array.dtype)}")
+                raise TypeError(f"{op}: seen must be bool, got {dtype_name(array.dtype)}")
             continue
-        check_shape("sample", name, array, (logits.shape[0],), "one value for each row")
+        check_shape(op, name, array, (logits.shape[0],), "one value for each row")
         if name in ("top_k", "seed", "stream", "step"):
-            check_integers("sample", name, array)
+            check_integers(op, name, array)
         else:
-            check_floats("sample", **{name: array})
-    if (repetition_penalty is None) != (seen is None):
+            check_floats(op, **{name: array})
+    penalty, seen = options["repetition_penalty"], options["seen"]
+    if (penalty is None) != (seen is None):
         given = "seen" if seen is not None else "repetition_penalty"
-        raise ValueError(f"sample: repetition_penalty and seen go together, got only {given}")
+        raise ValueError(f"{op}: repetition_penalty and seen go together, got only {given}")
     sources = [name for name in ("uniforms", "seed", "stream", "step") if options[name] is not None]
-    wanted = (["uniforms"], ["seed", "stream", "step"], *([[]] if temperature is None else []))
+    wanted = (["uniforms"], ["seed", "stream", "step"], *([[]] if options["temperature"] is None else []))
     if sources not in wanted:
         got = ", ".join(sources) or "nothing"
-        raise ValueError(f"sample: a draw needs uniforms, or seed, stream and step, got {got}")
-    check_no_gradient("sample", logits=logits)
-    return run.sample(logits, **options)
+        raise ValueError(f"{op}: a draw needs uniforms, or seed, stream and step, got {got}")
+    check_no_gradient(op, logits=logits)
 
 
 def uniform(seed: Array, stream: Array, step: Array) -> Array:

@@ -4,11 +4,11 @@ These are the baseline of the benchmarks and, in float64, the truth of the kerne
 what is meant in the fewest steps. `gpukernels.ops` has the contracts and has checked the arguments.
 """
 
-from gpukernels.torch_ops.attention import attention, decode_attention
+from gpukernels.torch_ops.attention import attention, cached_attention, decode_attention
 from gpukernels.torch_ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
 from gpukernels.torch_ops.optimizer import adamw
 from gpukernels.torch_ops.pointwise import embedding, gelu, swiglu
 from gpukernels.torch_ops.rope import rope
-from gpukernels.torch_ops.sampling import sample, uniform
+from gpukernels.torch_ops.sampling import sample, sample_embed, uniform

@@ -49,3 +49,13 @@ def attention(
 
 def decode_attention(q, k, v, lengths, *, window=None, scale=None):
     return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]
+
+
+def cached_attention(q, k, v, keys, values, lengths, *, window=None, scale=None, arrivals=None):
+    new = k.shape[1]
+    place = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, N)
+    inside = (place >= 0) & (place < keys.shape[1])
+    row = torch.arange(len(q), device=q.device)[:, None].expand_as(place)
+    for cache, each in ((keys, k), (values, v)):
+        cache[row[inside], place[inside].long()] = each[inside]
+    return attention(q, keys, values, window=window, lengths=lengths, scale=scale)

@@ -56,6 +56,23 @@ def sample(
     return torch.where(peak[:, 0].isfinite(), tokens, -1)
 
 
+def sample_embed(logits, *, lengths, weight, position_weight=None, x, **options):
+    in_use = lengths > 0
+    tokens = torch.where(in_use, sample(logits, **options), -1)
+    known = tokens.clamp(min=0)
+    embedded = weight[known].to(x.dtype)
+    if position_weight is not None:
+        embedded = embedded + position_weight[lengths.clamp(max=len(position_weight) - 1).long()].to(x.dtype)
+    x.copy_(torch.where(in_use[:, None], embedded, x[:, 0])[:, None])
+    lengths += in_use
+    if options.get("step") is not None:
+        options["step"] += in_use
+    if options.get("seen") is not None:
+        seen = options["seen"]
+        seen |= (torch.arange(seen.shape[1], device=seen.device) == known[:, None]) & (tokens >= 0)[:, None]
+    return tokens
+
+
 def uniform(seed, stream, step):
     return _philox(seed, stream, step).float() * 2.0**-UNIFORM_BITS
 

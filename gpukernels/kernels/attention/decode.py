@@ -13,10 +13,15 @@ a bit of a row's result, and one captured launch serves every length. Each progr
     acc (B, H, splits, D) float32        sum_j 2^(t_j - max) v_j over its share, t_j = s_j / ln 2
     stats (B, H, splits, 2) float32      max of t_j, and sum_j 2^(t_j - max)
 
-and a share without keys leaves the sum 0, which says that its acc was not written. A second kernel, or
-whatever kernel comes next, adds them up in the order of the shares:
+and the last one of a head to do so, whichever it is, adds them up in the order of the shares:
 
     out = sum_i 2^(max_i - max) acc_i / sum_i 2^(max_i - max) sum_i
+
+A counter of arrivals says who is the last, who sets it back to 0. Programs whose share would be empty do
+nothing.
+
+With new keys and values (B, Hkv, D), those of position lengths[b] - 1, the program that has the last share
+takes them from there and writes them to the cache, which the others do not read at that place.
 
 Cost, rows of n keys in use and elements of b bytes: one read of keys and values, 2 n Hkv D b a row. The
 4 n H D flops are one for each of those bytes in float16, times H / Hkv: memory is the limit. GPT-2 124M
@@ -27,6 +32,8 @@ keeps a maximum, a sum and a result of its own: lanes meet once, after the last 
 keys, one program serves up to 16 of them with matrix products, so that keys and values are read once.
 (Not in float32, which has no such products: there a group's heads find the keys in the L2 cache.)
 
+DEPENDENT (see `kernels/device.py`): the first block of old keys and values is loaded before the wait.
+
 Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, arXiv 1805.02867.
 """
 
@@ -36,7 +43,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import cdiv, gpu
+from gpukernels.kernels.device import cdiv, dependent_launch, gpu
 
 # By the bytes of a key, padded: keys of a block, warps. Three blocks of keys and of values in flight must fit
 # the shared memory of any GPU. 64 keys of 128 bytes: probes on an H100, 2026-11-22. The others: chosen from
@@ -45,19 +52,20 @@ _HEAD_TILES = {128: (64, 4), 256: (64, 8), 512: (32, 8), 1024: (16, 8)}
 _GROUP_TILES = {256: (64, 4), 512: (32, 4)}
 
 _GROUP = 16  # query heads that share a key-value head and a program: the rows of a matrix product
-_MOST_SPLITS = 128  # what the combining kernel holds at once
+_MOST_SPLITS = 128  # what the last program holds at once, 64 wide
 
 
 @triton.jit
 def _share(lengths_ptr, row, S, window, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys of one split: from, to."""
+    """The row's keys in use, how many programs share them, and the keys of this one: from, to."""
     length = tl.minimum(tl.load(lengths_ptr + row).to(tl.int32), S)
     first = 0
     if window is not None:
         first = tl.maximum(length - window, 0)
     share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    used = tl.maximum(tl.cdiv(length - first, tl.maximum(share, 1)), 1)  # the first one writes zeros if need be
     start = first + split * share
-    return start, tl.minimum(start + share, length)
+    return length, used, start, tl.minimum(start + share, length)
 
 
 @triton.jit
@@ -78,145 +86,244 @@ def _load_block(
 
 
 @triton.jit
-def _attend_head(
-    q, k_ptr, v_ptr, start, stop, stride_ks, stride_vs, peak, total, acc,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """One more block of keys: peak and total (BLOCK_N,), acc (BLOCK_N, BLOCK_D), a row for each lane."""
-    k = _load_block(k_ptr, start, stop, stride_ks, D, BLOCK_N, BLOCK_D, WHOLE).to(tl.float32)
-    v = _load_block(v_ptr, start, stop, stride_vs, D, BLOCK_N, BLOCK_D, WHOLE).to(tl.float32)
-    t = tl.sum(q[None, :] * k, 1)
-    if not WHOLE:
-        t = tl.where(start + tl.arange(0, BLOCK_N) < stop, t, float("-inf"))
-    new_peak = tl.maximum(peak, t)
-    # A lane that has seen nothing must not subtract -inf from -inf.
+def _rescale(peak, new_peak):
+    """What a sum with the maximum `peak` is multiplied by, and the base of new weights."""
+    # Where nothing has been seen, -inf must not be subtracted from -inf.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    old, weight = tl.exp2(peak - base), tl.exp2(t - base)
-    return new_peak, total * old + weight, acc * old[:, None] + weight[:, None] * v
-
-
-@triton.jit(do_not_specialize=["S"])
-def _decode_head_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, stats_ptr,
-    Hkv, S, window, scale,
-    stride_qb, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One split of one query head."""
-    heads, split = Hkv * GROUP, tl.program_id(1)
-    row, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    start, stop = _share(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
-    place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
-    row, head = row.to(tl.int64), head.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + row * stride_qb + head * stride_qh + d, d < D, other=0.0).to(tl.float32) * scale
-    k_ptr += row * stride_kb + head // GROUP * stride_kh
-    v_ptr += row * stride_vb + head // GROUP * stride_vh
-
-    peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    whole = start + tl.maximum(stop - start, 0) // BLOCK_N * BLOCK_N
-    for block in tl.range(start, whole, BLOCK_N, num_stages=3):
-        peak, total, acc = _attend_head(
-            q, k_ptr, v_ptr, block, stop, stride_ks, stride_vs, peak, total, acc, D, BLOCK_N, BLOCK_D, True
-        )
-    if whole < stop:
-        peak, total, acc = _attend_head(
-            q, k_ptr, v_ptr, whole, stop, stride_ks, stride_vs, peak, total, acc, D, BLOCK_N, BLOCK_D, False
-        )
-    if start < stop:
-        top = tl.max(peak, 0)
-        weight = tl.exp2(peak - tl.where(top == float("-inf"), 0.0, top))
-        tl.store(acc_ptr + place * D + d, tl.sum(acc * weight[:, None], 0), d < D)
-        tl.store(stats_ptr + 2 * place, top)
-        tl.store(stats_ptr + 2 * place + 1, tl.sum(total * weight, 0))
-    else:
-        tl.store(stats_ptr + 2 * place, float("-inf"))
-        tl.store(stats_ptr + 2 * place + 1, 0.0)
+    return tl.exp2(peak - base), base
 
 
 @triton.jit
-def _attend_group(
-    q, k_ptr, v_ptr, start, stop, stride_ks, stride_vs, scale, peak, total, acc,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+def _attend_head(q, k, v, start, stop, peak, total, acc, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+    """One more block of keys: peak and total (BLOCK_N,), acc (BLOCK_N, BLOCK_D), a row for each lane."""
+    t = tl.sum(q[None, :] * k.to(tl.float32), 1)
+    if not WHOLE:
+        t = tl.where(start + tl.arange(0, BLOCK_N) < stop, t, float("-inf"))
+    new_peak = tl.maximum(peak, t)
+    old, base = _rescale(peak, new_peak)
+    weight = tl.exp2(t - base)
+    return new_peak, total * old + weight, acc * old[:, None] + weight[:, None] * v.to(tl.float32)
+
+
+@triton.jit
+def _attend_group(q, k, v, start, stop, scale, peak, total, acc, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
     """One more block of keys: peak and total (BLOCK_G,), acc (BLOCK_G, BLOCK_D), a row for each head."""
-    k = _load_block(k_ptr, start, stop, stride_ks, D, BLOCK_N, BLOCK_D, WHOLE)
-    v = _load_block(v_ptr, start, stop, stride_vs, D, BLOCK_N, BLOCK_D, WHOLE)
     t = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if not WHOLE:
         t = tl.where((start + tl.arange(0, BLOCK_N) < stop)[None, :], t, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(t, 1))
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    old, weight = tl.exp2(peak - base), tl.exp2(t - base[:, None])
+    old, base = _rescale(peak, new_peak)
+    weight = tl.exp2(t - base[:, None])
     acc = tl.dot(weight.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
     return new_peak, total * old + tl.sum(weight, 1), acc
 
 
+@triton.jit
+def _take_new(
+    q, new_k_ptr, new_v_ptr, k_ptr, v_ptr, peak, total, acc,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The newest key and value: on top of peak and total (G,), acc (G, BLOCK_D) of q (G, BLOCK_D), and to the cache."""
+    d = tl.arange(0, BLOCK_D)
+    k, v = tl.load(new_k_ptr + d, d < D, other=0.0), tl.load(new_v_ptr + d, d < D, other=0.0)
+    tl.store(k_ptr + d, k, d < D)
+    tl.store(v_ptr + d, v, d < D)
+    t = tl.sum(q * k.to(tl.float32)[None, :], 1)
+    new_peak = tl.maximum(peak, t)
+    old, base = _rescale(peak, new_peak)
+    weight = tl.exp2(t - base)
+    return new_peak, total * old + weight, acc * old[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _combine(acc_ptr, stats_ptr, out_ptr, used, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One head: the partials of `used` programs, in the order of the shares, to its output."""
+    # Other programs wrote them: .cg looks for them in the L2 cache.
+    split = tl.arange(0, BLOCK_P)
+    peak = tl.load(stats_ptr + 2 * split, split < used, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(stats_ptr + 2 * split + 1, split < used, other=0.0, cache_modifier=".cg")
+    weight, _base = _rescale(peak, tl.max(peak, 0))
+    total = tl.sum(weight * total, 0)
+    PART: tl.constexpr = min(64, BLOCK_D)
+    for start in tl.static_range(0, BLOCK_D, PART):
+        d = start + tl.arange(0, PART)
+        mask = (split < used)[:, None] & (d < D)[None, :]
+        acc = tl.load(acc_ptr + split[:, None] * D + d[None, :], mask, other=0.0, cache_modifier=".cg")
+        out = tl.sum(weight[:, None] * acc, 0) / total
+        tl.store(out_ptr + d, out.to(out_ptr.dtype.element_ty), d < D)
+
+
+@triton.jit
+def _arrive(counter_ptr, used):
+    """Whether this is the last of the `used` programs to come here; what they have stored is visible then."""
+    tl.debug_barrier()  # all of this program's stores come before the count
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    last = arrived == used - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit(do_not_specialize=["S"])
+def _decode_head_kernel(
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, stats_ptr, arrivals_ptr, out_ptr,
+    Hkv, S, window, scale,
+    stride_qb, stride_qh, stride_new_kb, stride_new_kh, stride_new_vb, stride_new_vh,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """One split of one query head."""
+    heads, split = Hkv * GROUP, tl.program_id(1)
+    row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    length, used, start, stop = _share(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
+    if split < used:
+        place = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK_D)
+        k_ptr += row * stride_kb + head // GROUP * stride_kh
+        v_ptr += row * stride_vb + head // GROUP * stride_vh
+        old = stop  # keys up to here come from the cache
+        newest = length - 1
+        if new_k_ptr is not None:
+            old = tl.minimum(stop, newest)
+        peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        q_pointers = q_ptr + row * stride_qb + head * stride_qh + d
+        block = start
+        if DEPENDENT:
+            k = _load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = _load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+            q = tl.load(q_pointers, d < D, other=0.0).to(tl.float32) * scale
+            peak, total, acc = _attend_head(q, k, v, start, old, peak, total, acc, BLOCK_N, False)
+            block = start + BLOCK_N
+        else:
+            q = tl.load(q_pointers, d < D, other=0.0).to(tl.float32) * scale
+        whole = block + tl.maximum(old - block, 0) // BLOCK_N * BLOCK_N
+        for n in tl.range(block, whole, BLOCK_N, num_stages=3):
+            k = _load_block(k_ptr, n, old, stride_ks, D, BLOCK_N, BLOCK_D, True)
+            v = _load_block(v_ptr, n, old, stride_vs, D, BLOCK_N, BLOCK_D, True)
+            peak, total, acc = _attend_head(q, k, v, n, old, peak, total, acc, BLOCK_N, True)
+        if whole < old:
+            k = _load_block(k_ptr, whole, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = _load_block(v_ptr, whole, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            peak, total, acc = _attend_head(q, k, v, whole, old, peak, total, acc, BLOCK_N, False)
+
+        top = tl.max(peak, 0)
+        weight, _base = _rescale(peak, top)
+        # As a group of one head.
+        one_peak = tl.zeros((1,), tl.float32) + top
+        one_total = tl.zeros((1,), tl.float32) + tl.sum(total * weight, 0)
+        one_acc = tl.sum(acc * weight[:, None], 0)[None, :]
+        if new_k_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
+            if (split == used - 1) & (length > 0):
+                group_head = head // GROUP
+                one_peak, one_total, one_acc = _take_new(
+                    q[None, :],
+                    new_k_ptr + row * stride_new_kb + group_head * stride_new_kh,
+                    new_v_ptr + row * stride_new_vb + group_head * stride_new_vh,
+                    k_ptr + newest.to(tl.int64) * stride_ks, v_ptr + newest.to(tl.int64) * stride_vs,
+                    one_peak, one_total, one_acc, D, BLOCK_D,
+                )  # fmt: skip
+        if used == 1:
+            out = tl.where(length > 0, one_acc / one_total[:, None], 0.0)
+            tl.store(out_ptr + place * D + d[None, :], out.to(out_ptr.dtype.element_ty), (d < D)[None, :])
+        else:
+            splits = tl.num_programs(1)
+            acc_ptr += place * splits * D
+            stats_ptr += place * splits * 2
+            one = tl.arange(0, 1)
+            tl.store(acc_ptr + split * D + d[None, :], one_acc, (d < D)[None, :])
+            tl.store(stats_ptr + 2 * split + one, one_peak)
+            tl.store(stats_ptr + 2 * split + 1 + one, one_total)
+            if _arrive(arrivals_ptr + place, used):
+                _combine(acc_ptr, stats_ptr, out_ptr + place * D, used, D, BLOCK_D, BLOCK_P)
+
+
 @triton.jit(do_not_specialize=["S"])
 def _decode_group_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, stats_ptr,
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, lengths_ptr, acc_ptr, stats_ptr, arrivals_ptr, out_ptr,
     Hkv, S, window, scale,
-    stride_qb, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_qb, stride_qh, stride_new_kb, stride_new_kh, stride_new_vb, stride_new_vh,
+    stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split of up to BLOCK_G of the GROUP query heads that share a key-value head."""
-    row, kv_head, split = tl.program_id(0) // Hkv, tl.program_id(0) % Hkv, tl.program_id(1)
-    start, stop = _share(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
-    member = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
-    head, head_mask = kv_head * GROUP + member, member < GROUP
-    place = (row.to(tl.int64) * Hkv * GROUP + head) * tl.num_programs(1) + split
-    row, kv_head = row.to(tl.int64), kv_head.to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    mask = head_mask[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + row * stride_qb + head.to(tl.int64)[:, None] * stride_qh + d[None, :], mask, other=0.0)
-    k_ptr += row * stride_kb + kv_head * stride_kh
-    v_ptr += row * stride_vb + kv_head * stride_vh
+    row, kv_head = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
+    split = tl.program_id(1)
+    length, used, start, stop = _share(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
+    if split < used:
+        member = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
+        head, head_mask = kv_head * GROUP + member, member < GROUP
+        place = row * Hkv * GROUP + head
+        d = tl.arange(0, BLOCK_D)
+        mask = head_mask[:, None] & (d < D)[None, :]
+        k_ptr += row * stride_kb + kv_head * stride_kh
+        v_ptr += row * stride_vb + kv_head * stride_vh
+        old = stop
+        newest = length - 1
+        if new_k_ptr is not None:
+            old = tl.minimum(stop, newest)
+        peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_G,), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        q_pointers = q_ptr + row * stride_qb + head[:, None] * stride_qh + d[None, :]
+        block = start
+        if DEPENDENT:
+            k = _load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = _load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+            q = tl.load(q_pointers, mask, other=0.0)
+            peak, total, acc = _attend_group(q, k, v, start, old, scale, peak, total, acc, BLOCK_N, False)
+            block = start + BLOCK_N
+        else:
+            q = tl.load(q_pointers, mask, other=0.0)
+        whole = block + tl.maximum(old - block, 0) // BLOCK_N * BLOCK_N
+        for n in range(block, whole, BLOCK_N):
+            k = _load_block(k_ptr, n, old, stride_ks, D, BLOCK_N, BLOCK_D, True)
+            v = _load_block(v_ptr, n, old, stride_vs, D, BLOCK_N, BLOCK_D, True)
+            peak, total, acc = _attend_group(q, k, v, n, old, scale, peak, total, acc, BLOCK_N, True)
+        if whole < old:
+            k = _load_block(k_ptr, whole, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = _load_block(v_ptr, whole, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            peak, total, acc = _attend_group(q, k, v, whole, old, scale, peak, total, acc, BLOCK_N, False)
+        if new_k_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
+            if (split == used - 1) & (length > 0):
+                peak, total, acc = _take_new(
+                    q.to(tl.float32) * scale,
+                    new_k_ptr + row * stride_new_kb + kv_head * stride_new_kh,
+                    new_v_ptr + row * stride_new_vb + kv_head * stride_new_vh,
+                    k_ptr + newest.to(tl.int64) * stride_ks, v_ptr + newest.to(tl.int64) * stride_vs,
+                    peak, total, acc, D, BLOCK_D,
+                )  # fmt: skip
+        if used == 1:
+            out = tl.where(length > 0, acc / total[:, None], 0.0)
+            tl.store(out_ptr + place[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask)
+        else:
+            splits = tl.num_programs(1)
+            partial = place * splits + split
+            tl.store(acc_ptr + partial[:, None] * D + d[None, :], acc, mask)
+            tl.store(stats_ptr + 2 * partial, peak, head_mask)
+            tl.store(stats_ptr + 2 * partial + 1, total, head_mask)
+            first = (row * Hkv + kv_head) * GROUP + tl.program_id(2) * BLOCK_G
+            if _arrive(arrivals_ptr + first, used):
+                for each in range(0, tl.minimum(BLOCK_G, GROUP - tl.program_id(2) * BLOCK_G)):
+                    at = first + each
+                    partials = acc_ptr + at * splits * D
+                    _combine(partials, stats_ptr + at * splits * 2, out_ptr + at * D, used, D, BLOCK_D, BLOCK_P)
 
-    peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    whole = start + tl.maximum(stop - start, 0) // BLOCK_N * BLOCK_N
-    for block in range(start, whole, BLOCK_N):
-        peak, total, acc = _attend_group(
-            q, k_ptr, v_ptr, block, stop, stride_ks, stride_vs, scale, peak, total, acc, D, BLOCK_N, BLOCK_D, True
-        )
-    if whole < stop:
-        peak, total, acc = _attend_group(
-            q, k_ptr, v_ptr, whole, stop, stride_ks, stride_vs, scale, peak, total, acc, D, BLOCK_N, BLOCK_D, False
-        )
-    if start < stop:
-        tl.store(acc_ptr + place[:, None] * D + d[None, :], acc, mask)
-    tl.store(stats_ptr + 2 * place, peak, head_mask)
-    tl.store(stats_ptr + 2 * place + 1, total, head_mask)
 
+def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None, arrivals=None):
+    """(B, H, D) of q's dtype. The contract is that of `gpukernels.decode_attention`; D is 256 at most.
 
-@triton.jit(do_not_specialize=["splits"])
-def _combine_splits_kernel(
-    acc_ptr, stats_ptr, lengths_ptr, out_ptr,
-    H, splits,
-    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One head: its partials, in the order of the splits, to its output."""
-    place = tl.program_id(0).to(tl.int64)
-    split, d = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    stats = stats_ptr + 2 * (place * splits + split)
-    peak = tl.load(stats, split < splits, other=float("-inf"))
-    total = tl.load(stats + 1, split < splits, other=0.0)
-    written = total != 0
-    top = tl.max(peak, 0)
-    weight = tl.where(written, tl.exp2(peak - top), 0.0)
-    mask = written[:, None] & (d < D)[None, :]
-    acc = tl.load(acc_ptr + (place * splits + split)[:, None] * D + d[None, :], mask, other=0.0)
-    out = tl.sum(weight[:, None] * acc, 0) / tl.sum(weight * total, 0)
-    out = tl.where(tl.load(lengths_ptr + place // H) > 0, out, 0.0)
-    tl.store(out_ptr + place * D + d, out.to(out_ptr.dtype.element_ty), d < D)
-
-
-def decode_attention(q, k, v, lengths, window, scale):
-    """(B, H, D) of q's dtype. The contract is that of `gpukernels.decode_attention`; D is 256 at most."""
+    Args:
+        new_k, new_v: (B, Hkv, D), written to k and v at lengths[b] - 1 first, as it were; or None.
+        arrivals: (B, H) int32 zeros, which are zeros again afterwards; None: made here.
+    """
     (B, H, D), (S, Hkv) = q.shape, k.shape[1:3]
     q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
     lengths = lengths.contiguous()
@@ -225,22 +332,25 @@ def decode_attention(q, k, v, lengths, window, scale):
     BLOCK_N, num_warps = _tile(_GROUP_TILES if shared else _HEAD_TILES, BLOCK_D * q.element_size())
     programs = Hkv * cdiv(group, _GROUP) if shared else H
     SPLITS = max(1, min(_MOST_SPLITS, gpu().multiprocessors // programs))
-    splits = min(SPLITS, cdiv(S, BLOCK_N))  # those that a row of S keys would use
+    splits = max(1, min(SPLITS, cdiv(S, BLOCK_N)))  # those that a row of S keys would use
 
     acc = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
     stats = torch.empty((B, H, splits, 2), dtype=torch.float32, device=q.device)
     out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3])
-    arguments = (q, k, v, lengths, acc, stats, Hkv, S, window, scale / math.log(2), *strides)
+    if arrivals is None:
+        arrivals = torch.zeros((B, H), dtype=torch.int32, device=q.device)
+    new_strides = (0, 0, 0, 0)
+    if new_k is not None:
+        new_k, new_v = (each if each.stride(-1) == 1 else each.contiguous() for each in (new_k, new_v))
+        new_strides = (*new_k.stride()[:2], *new_v.stride()[:2])
+    arguments = (q, new_k, new_v, k, v, lengths, acc, stats, arrivals, out, Hkv, S, window, scale / math.log(2))
+    strides = (*q.stride()[:2], *new_strides, *k.stride()[:3], *v.stride()[:3])
     tile = {"SPLITS": SPLITS, "GROUP": group, "D": D, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
+    tile |= {"BLOCK_P": triton.next_power_of_2(SPLITS), **dependent_launch()}
     if shared:
-        _decode_group_kernel[(B * Hkv, splits, cdiv(group, _GROUP))](*arguments, BLOCK_G=_GROUP, **tile)
+        _decode_group_kernel[(B * Hkv, splits, cdiv(group, _GROUP))](*arguments, *strides, BLOCK_G=_GROUP, **tile)
     else:
-        _decode_head_kernel[(B * H, splits)](*arguments, **tile)
-    width = min(64, BLOCK_D)
-    _combine_splits_kernel[(B * H, cdiv(D, width))](
-        acc, stats, lengths, out, H, splits, D=D, BLOCK_P=triton.next_power_of_2(SPLITS), BLOCK_D=width
-    )
+        _decode_head_kernel[(B * H, splits)](*arguments, *strides, **tile)
     return out
 
 
