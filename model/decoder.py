@@ -1,43 +1,43 @@
 """Decoding, one token for every row at a time: what a generation loop needs of a model.
 
-`Decoder` is the seam where a captured CUDA graph or a persistent kernel takes the place of the eager
-form: rows are slots of one cache, a step reads lengths and positions from device memory, and nothing
-in it waits for a value.
+A step is static: lengths, sampling parameters and random counters lie in device memory, the chosen token's
+embedding is where the next step begins, and nothing waits for a value. So a captured CUDA graph
+(`model.graph`) can take the place of the ops called one by one, and the host may read a token while the
+next step runs.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+from gpukernels import sample_embed
 from model import gpt2
 from model.cache import Cache
 from model.config import GPT2Config
 from model.parameters import Parameters
+from model.sampling import Sampling, SamplingState
+
+#: Asks for the tokens of a step: waits until the device has them. -1 where the logits were not finite.
+Tokens = Callable[[], list[int]]
+
+# Positions of a prompt at a time: what stands between two ops is so many rows, and the cache has the others.
+_CHUNK = 2048
 
 
-class Decoder(Protocol):
-    """Rows 0 to n - 1 hold sequences; logits are (n, V), on the device."""
+class Decoder:
+    """Rows 0 to n - 1 hold sequences; the ops are called one by one, on any device.
 
-    lengths: list[int]  # tokens held by each row, as the host knows them
+    Attributes:
+        lengths: the tokens that each row's cache holds, as the host knows them.
+        ahead: whether a step only starts here, and the host can do something else meanwhile.
+    """
 
-    def prefill(self, row: int, ids: Sequence[int]) -> Any:
-        """Starts row `row` with these tokens; returns the logits (1, V) after the last."""
-
-    def extend(self, row: int, ids: Sequence[int]) -> Any:
-        """Appends tokens to row `row`; returns the logits (1, V) after the last."""
-
-    def step(self, tokens: Sequence[int]) -> Any:
-        """Appends one token to each of the first len(tokens) rows; returns their logits."""
-
-    def move(self, source: int, target: int) -> None:
-        """Copies row `source` over row `target`."""
-
-
-class EagerDecoder:
-    """The ops called one by one, on any device."""
-
-    def __init__(self, parameters: Parameters, config: GPT2Config, *, rows: int, capacity: int):
+    def __init__(
+        self, parameters: Parameters, config: GPT2Config, *, rows: int, capacity: int, vocabulary: int | None = None
+    ):
+        """vocabulary: ids from here on are never chosen; default all may be."""
         self._parameters, self._config = parameters, config
         self._device = parameters.device
+        self.ahead = self._device.asynchronous
         self.lengths = [0] * rows
         self.cache = Cache(
             self._device,
@@ -45,32 +45,100 @@ class EagerDecoder:
             rows=rows,
             capacity=capacity,
             heads=config.n_head,
+            kv_heads=config.n_head,
             width=config.head_width,
             dtype=parameters.activation_dtype,
         )
+        self.sampling = SamplingState(self._device, rows, vocabulary or config.vocab_size)
+        # The token that each row feeds next, embedded.
+        self._x = self._device.zeros((rows, 1, config.n_embd), parameters.activation_dtype)
 
-    def prefill(self, row: int, ids: Sequence[int]) -> Any:
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
+    def start(
+        self,
+        row: int,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        stream: int = 0,
+        step: int = 0,
+        seen: Collection[int] = (),
+    ) -> Tokens:
+        """Starts row `row` with these tokens, and chooses the one behind them.
+
+        Args:
+            seed, stream, step: what the first token is drawn from; the next one from step + 1.
+            seen: the ids that the repetition penalty falls on.
+        """
+        self.sampling.set(row, sampling, seed=seed, stream=stream, step=step, seen=seen)
+        return self._device.fetch(self._choose(self.prefill(row, ids), row, row + 1))
+
+    def step(self, rows: int) -> Tokens:
+        """Feeds each of the first `rows` rows the token chosen last, and chooses the next ones."""
+        for row in range(rows):
+            self.lengths[row] += 1
+        return self._device.fetch(self._step(rows, max(self.lengths[:rows])))
+
+    def release(self, row: int) -> None:
+        """Forgets the row: steps leave it alone until it starts again."""
         self.cache.lengths[row] = 0
         self.lengths[row] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Copies row `source` over row `target`."""
+        self.cache.move(source, target)
+        self.sampling.move(source, target)
+        self._x[target] = self._x[source]
+        self.lengths[target] = self.lengths[source]
+
+    def prefill(self, row: int, ids: Sequence[int]) -> Any:
+        """Fills row `row` with these tokens; returns the logits (1, V) behind the last."""
+        self.release(row)
         return self.extend(row, ids)
 
     def extend(self, row: int, ids: Sequence[int]) -> Any:
-        self.lengths[row] += len(ids)
-        return self._forward(self.cache.rows(row, row + 1), [list(ids)], self.lengths[row])
+        """Appends tokens to what row `row` holds; returns the logits (1, V) behind the last."""
+        device, start = self._device, self.lengths[row]
+        for first in range(0, len(ids), _CHUNK):
+            part = ids[first : first + _CHUNK]
+            self.lengths[row] += len(part)
+            self.cache.lengths[row] = self.lengths[row]
+            cache = self.cache.rows(row, row + 1, self.lengths[row])
+            positions = device.indices([range(start + first, self.lengths[row])])
+            x = gpt2.embed(self._parameters, device.indices([part]), positions)
+            x = gpt2.blocks(self._parameters, self._config, x, cache, last_only=True)
+        return gpt2.unembed(self._parameters, self._config, x[:, 0])
 
-    def step(self, tokens: Sequence[int]) -> Any:
-        rows = len(tokens)
+    def feed(self, tokens: Sequence[int]) -> Any:
+        """Appends one given token to each of the first rows; returns their logits (n, V)."""
+        rows, device = len(tokens), self._device
+        positions = device.indices([[length] for length in self.lengths[:rows]])
+        self._x[:rows] = gpt2.embed(self._parameters, device.indices([[token] for token in tokens]), positions)
         for row in range(rows):
             self.lengths[row] += 1
-        return self._forward(self.cache.rows(0, rows), [[token] for token in tokens], max(self.lengths[:rows]))
+            self.cache.lengths[row] = self.lengths[row]
+        return self._logits(rows, max(self.lengths[:rows]))
 
-    def move(self, source: int, target: int) -> None:
-        self.cache.move(source, target)
-        self.lengths[target] = self.lengths[source]
+    def _step(self, rows: int, extent: int) -> Any:
+        return self._choose(self._logits(rows, extent), 0, rows)
 
-    def _forward(self, cache: Cache, ids: list[list[int]], extent: int) -> Any:
-        positions = cache.advance(len(ids[0]), extent)
-        ids = self._device.indices(ids)
-        # Only the last position is wanted, and only that is unembedded: the table is a third of GPT-2's weights.
-        x = gpt2.hidden_states(self._parameters, self._config, ids, positions, cache, last_only=True)
+    def _logits(self, rows: int, extent: int) -> Any:
+        """(n, V), behind the tokens that stand embedded in `_x`; the device's lengths count them already."""
+        x = gpt2.blocks(self._parameters, self._config, self._x[:rows], self.cache.rows(0, rows, extent))
         return gpt2.unembed(self._parameters, self._config, x[:, 0])
+
+    def _choose(self, logits: Any, start: int, stop: int) -> Any:
+        """The next tokens of rows `start` to `stop`, which are ready for their step then."""
+        root = self._parameters.root
+        return sample_embed(
+            logits[:, : self.sampling.vocabulary],
+            lengths=self.cache.lengths[start:stop],
+            weight=root["tokens.weight"],
+            position_weight=root["positions.weight"],
+            x=self._x[start:stop],
+            **self.sampling.options(start, stop),
+        )

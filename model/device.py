@@ -8,6 +8,7 @@ is computed with them is the ops' business.
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,8 +33,13 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """An uninitialised array."""
 
+    asynchronous: bool  # what is computed is only started, and runs while the host goes on
+
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array of zeros, in a dtype of the array library."""
+        """An array of zeros, in a dtype of the array library, or one by name."""
+
+    def fetch(self, array: Any) -> Callable[[], list[int]]:
+        """Starts copying integers (n,) to the host; what comes back waits for them."""
 
     def indices(self, values: Any) -> Any:
         """Host integers as an int32 array on the device."""
@@ -55,6 +61,7 @@ class NumpyDevice:
     """NumPy arrays. float16 is a format for storage here: what is computed is float32."""
 
     name = "cpu"
+    asynchronous = False
 
     def activation_dtype(self, dtype: str) -> np.dtype:
         return np.dtype(np.float32)
@@ -67,6 +74,9 @@ class NumpyDevice:
 
     def indices(self, values: Any) -> np.ndarray:
         return np.asarray(values, np.int32)
+
+    def fetch(self, array: np.ndarray) -> Callable[[], list[int]]:
+        return array.tolist
 
     def assign(self, array: np.ndarray, value: np.ndarray) -> None:
         np.copyto(array, value)
@@ -90,6 +100,7 @@ class TorchDevice:
         self._torch = torch
         self.device = torch.device(device)
         self.name = str(self.device)
+        self.asynchronous = self.device.type == "cuda"
 
     def activation_dtype(self, dtype: str) -> Any:
         return getattr(self._torch, dtype)
@@ -98,10 +109,25 @@ class TorchDevice:
         return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=self.device)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        dtype = getattr(self._torch, dtype) if isinstance(dtype, str) else dtype
         return self._torch.zeros(shape, dtype=dtype, device=self.device)
 
     def indices(self, values: Any) -> Any:
         return self._torch.as_tensor(np.asarray(values, np.int32), device=self.device)
+
+    def fetch(self, array: Any) -> Callable[[], list[int]]:
+        if not self.asynchronous:
+            return array.tolist
+        host = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
+        host.copy_(array, non_blocking=True)
+        copied = self._torch.cuda.Event()
+        copied.record()
+
+        def read() -> list[int]:
+            copied.synchronize()
+            return host.tolist()
+
+        return read
 
     def assign(self, array: Any, value: Any) -> None:
         with self._torch.no_grad():

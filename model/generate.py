@@ -7,14 +7,12 @@ prompt, its seed and its stream.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from model.decoder import Decoder
-from model.errors import ContextError
-from model.sampling import Sampling, choose, uniform
+from model.decoder import Decoder, Tokens
+from model.errors import ContextError, ModelError
+from model.sampling import Sampling
 from model.stopping import StopMatcher
 from model.tokenizer import TextStream, Tokenizer
 
@@ -106,7 +104,6 @@ class Row:
         self.finish_reason: str | None = None
         self._limits, self._sampling = limits, sampling
         self._seed, self._stream = seed, stream
-        self._seen = set(self.prompt)
         self._matcher = StopMatcher(stops)
         self._text = TextStream(tokenizer) if tokenizer is not None else None
         self._pieces: list[str] = []
@@ -117,16 +114,31 @@ class Row:
         """How many tokens the row may hold in the cache."""
         return len(self.prompt) + (self._limit or 0)
 
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def accept(self, logits: np.ndarray) -> str:
-        """Takes the next token from its logits (V,); returns the text that this sets free."""
+    def start(self, decoder: Decoder, slot: int) -> Tokens:
+        """Computes what the row holds, in a slot of the decoder; its next token."""
         step = len(self.tokens)
-        draw = uniform(self._seed, self._stream, step) if self._sampling.temperature else 0.0
-        token = choose(logits, self._sampling, draw, self._seen)
+        if step == 0:
+            self._started = time.perf_counter()
+        return decoder.start(
+            slot,
+            self._window() if step else self.prompt,
+            self._sampling,
+            seed=self._seed,
+            stream=self._stream,
+            step=step,
+            seen=[*self.prompt, *self.tokens],
+        )
+
+    def ends_with(self, more: int) -> bool:
+        """Whether the row is known to end with `more` tokens, if not before."""
+        return len(self.tokens) + more == self._limit
+
+    def accept(self, token: int) -> str:
+        """Takes the next token; returns the text that this sets free."""
+        if token < 0:
+            raise ModelError("the model's logits are not finite: its weights or activations overflowed")
+        step = len(self.tokens)
         self.tokens.append(token)
-        self._seen.add(token)
         if token in self._limits.eos:
             self.finish_reason = "eos"
         elif len(self.tokens) == self._limit:
@@ -137,14 +149,14 @@ class Row:
             self._prefilled = self._ended
         return piece
 
-    def window(self) -> list[int]:
-        """What a slid context keeps, without the last token, which the next step feeds.
+    def _window(self) -> list[int]:
+        """What a slid context keeps.
 
         Learned positions cannot be shifted, so the tokens are computed anew from position 0; half of
         the context makes that one prefilled token for each generated one.
         """
         keep = max(2, self._limits.positions // 2)
-        return (self.prompt + self.tokens)[-keep:-1]
+        return (self.prompt + self.tokens)[-keep:]
 
     def result(self) -> Generation:
         prefill, decode = self._prefilled - self._started, self._ended - self._prefilled
@@ -175,34 +187,40 @@ class Row:
         return piece
 
 
-def run(
-    decoder: Decoder, rows: Sequence[Row], *, slots: int, limits: Limits, to_host: Callable[..., np.ndarray]
-) -> Iterator[tuple[Row, str]]:
+def run(decoder: Decoder, rows: Sequence[Row], *, slots: int, limits: Limits) -> Iterator[tuple[Row, str]]:
     """Runs the rows to their ends, `slots` at a time; yields each row with each piece of its text.
 
-    `to_host` brings logits (n, V) to the host, cut to the ids that may be chosen.
+    Where the decoder runs ahead, a step is started before the tokens of the one before it are read: then a
+    row that turns out to have ended has been fed once more, which is not looked at.
     """
     waiting, active = deque(rows), []
+    running: list[tuple[list[Row], Tokens]] = []  # steps whose tokens have not been read, and for which rows
     while waiting or active:
         while waiting and len(active) < slots:
             row = waiting.popleft()
-            row.start()
-            logits = decoder.prefill(len(active), row.prompt)
-            yield row, row.accept(to_host(logits)[0])
+            (token,) = row.start(decoder, len(active))()
+            yield row, row.accept(token)
             if row.finish_reason is None:
                 active.append(row)
-        if not active:
-            continue
-        for slot, row in enumerate(active):
-            if decoder.lengths[slot] == limits.positions:
-                decoder.prefill(slot, row.window())
-        logits = to_host(decoder.step([row.tokens[-1] for row in active]))
-        for row, row_logits in zip(active, logits, strict=True):
-            yield row, row.accept(row_logits)
+            else:
+                decoder.release(len(active))
+        full = [slot for slot in range(len(active)) if decoder.lengths[slot] == limits.positions]
+        if full and not running:
+            for slot in full:
+                (token,) = active[slot].start(decoder, slot)()
+                yield active[slot], active[slot].accept(token)
+        elif not full and not all(row.ends_with(len(running)) for row in active):
+            running.append((list(active), decoder.step(len(active))))
+        if running and (full or len(running) > decoder.ahead or all(row.ends_with(len(running)) for row in active)):
+            fed, tokens = running.pop(0)
+            for row, token in zip(fed, tokens(), strict=True):
+                if row.finish_reason is None:
+                    yield row, row.accept(token)
         for slot in reversed(range(len(active))):
             if active[slot].finish_reason is not None:
                 last = len(active) - 1
                 if slot != last:
                     decoder.move(last, slot)
                     active[slot] = active[last]
+                decoder.release(last)
                 active.pop()

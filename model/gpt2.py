@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gpukernels import attention, embedding, linear, norm_linear
+from gpukernels import attention, cached_attention, embedding, linear, norm_linear
 from model.cache import Cache
 from model.config import ACTIVATIONS, GPT2Config
 from model.parameters import Parameters, Slot
@@ -88,14 +88,28 @@ def map_names(names: Iterable[str]) -> NameMap:
     return result
 
 
-def hidden_states(
-    parameters: Parameters, config: GPT2Config, ids, positions, cache: Cache | None = None, *, last_only: bool = False
-):
-    """The residual stream behind the last block, before the final norm.
+def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions):
+    """The residual stream (B, T, C) behind the last block, before the final norm: of tokens (B, T) and all before."""
+    return blocks(parameters, config, embed(parameters, ids, positions))
+
+
+def embed(parameters: Parameters, ids, positions):
+    """(B, T, C) of token ids (B, T) and where they stand, (B, T)."""
+    root = parameters.root
+    return embedding(
+        ids,
+        root["tokens.weight"],
+        positions=positions,
+        position_weight=root["positions.weight"],
+        dtype=parameters.activation_dtype,
+    )
+
+
+def blocks(parameters: Parameters, config: GPT2Config, x, cache: Cache | None = None, *, last_only: bool = False):
+    """Every block, one after the other.
 
     Args:
-        ids: (B, T) token ids.
-        positions: (B, T) or broadcast views of it, where the tokens stand.
+        x: (B, T, C), embedded tokens.
         cache: the keys and values of what came before; takes those of these tokens. Its lengths
             already count the T new tokens. None: the tokens are all there is.
         last_only: of the last position alone. The last block then computes keys and values for all
@@ -104,14 +118,6 @@ def hidden_states(
     Returns:
         (B, T, C), or (B, 1, C).
     """
-    root = parameters.root
-    x = embedding(
-        ids,
-        root["tokens.weight"],
-        positions=positions,
-        position_weight=root["positions.weight"],
-        dtype=parameters.activation_dtype,
-    )
     for layer, block_parameters in enumerate(parameters.blocks):
         x = block(block_parameters, config, layer, x, cache, last_only=last_only and layer == config.n_layer - 1)
     return x
@@ -125,13 +131,13 @@ def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = N
     qkv = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps)
     qkv = qkv.reshape(batch, new, 3, config.n_head, config.head_width)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    lengths = None
-    if cache is not None:
-        k, v = cache.append(layer, k, v)
-        lengths = cache.lengths
     if last_only:
         q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
-    y = attention(q, k, v, lengths=lengths, scale=config.attention_scale(layer))
+    scale = config.attention_scale(layer)
+    if cache is None:
+        y = attention(q, k, v, scale=scale)
+    else:
+        y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, scale=scale, arrivals=cache.arrivals)
     x = linear(y.reshape(x.shape), p["projection.weight"], p["projection.bias"], residual=x)
 
     up = norm_linear(

@@ -10,7 +10,7 @@ import numpy as np
 from model import gpt2
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
-from model.decoder import EagerDecoder
+from model.decoder import Decoder
 from model.device import choose_device, choose_dtype
 from model.errors import ConfigError, ContextError, LoadNotice, ModelError
 from model.generate import Generation, Row, run
@@ -273,13 +273,10 @@ class LanguageModel:
             return
         slides = limits.overflow == "slide"
         capacity = limits.positions if slides else max(row.positions_needed for row in rows)
-        decoder = EagerDecoder(self.parameters, self.config, rows=slots, capacity=capacity)
         # What the tokenizer has no text for is padding of the table: never chosen.
         known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
-        device = self.parameters.device
-        yield from run(
-            decoder, rows, slots=slots, limits=limits, to_host=lambda logits: device.to_host(logits)[:, :known]
-        )
+        decoder = Decoder(self.parameters, self.config, rows=slots, capacity=capacity, vocabulary=known)
+        yield from run(decoder, rows, slots=slots, limits=limits)
 
     def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:
         return read_request(prompt, self.config, self.tokenizer, eos=self.eos_token_ids, sampling=sampling, **options)

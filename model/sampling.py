@@ -1,17 +1,20 @@
 """From logits to a token: penalties, thresholds, and a draw that a seed fixes.
 
 `gpukernels.sample` says what is chosen, and does it; here are the settings as a user writes them, and
-one row on the host.
+as a decoder holds them.
 """
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-import gpukernels
+from model.device import Device
 from model.errors import ModelError
+
+_LEAST, _MOST = 2.0**-126, 2.0**126  # normal in float32, and so is their reciprocal
 
 
 @dataclass(frozen=True)
@@ -49,43 +52,62 @@ class Sampling:
         require("repetition_penalty", _number(penalty) and penalty > 0, "a number above 0")
 
 
-def choose(logits: np.ndarray, sampling: Sampling, uniform: float, seen: Collection[int] = ()) -> int:
-    """The next token of one row.
+class SamplingState:
+    """What choosing a token takes of every row of a decoder, on its device: a step asks the host nothing."""
 
-    Args:
-        logits: (V,) float32.
-        uniform: in [0, 1); unused at temperature 0.
-        seen: the ids that the repetition penalty falls on.
+    def __init__(self, device: Device, rows: int, vocabulary: int):
+        self.vocabulary = vocabulary
+        self._device = device
+        self._settings = [Sampling()] * rows
+        dtypes = dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), "float32")
+        dtypes |= {"top_k": "int32", "seed": "int64", "stream": "int32", "step": "int32"}
+        self._arrays = {name: device.zeros((rows,), dtype) for name, dtype in dtypes.items()}
 
-    Raises ModelError where the logits are not finite.
-    """
-    options = {}
-    if sampling.repetition_penalty != 1.0 and len(seen):
-        is_seen = np.zeros((1, logits.size), bool)
-        is_seen[0, [token for token in seen if token < logits.size]] = True
-        options = {"seen": is_seen, "repetition_penalty": _one(sampling.repetition_penalty)}
-    if sampling.temperature:
-        options["temperature"] = _one(sampling.temperature)
-        options["uniforms"] = _one(uniform)
-        for name in ("top_p", "min_p"):
-            if getattr(sampling, name) is not None:
-                options[name] = _one(getattr(sampling, name))
-        if sampling.top_k:
-            options["top_k"] = np.array([min(sampling.top_k, logits.size)])
-    token = int(gpukernels.sample(logits[None], **options)[0])
-    if token < 0:
-        raise ModelError(f"the model's logits are not finite ({logits.max()}): its weights or activations overflowed")
-    return token
+    def set(
+        self, row: int, sampling: Sampling, *, seed: int, stream: int, step: int, seen: Collection[int] = ()
+    ) -> None:
+        """How row `row` goes on; see `Decoder.start`."""
+        self._settings[row] = sampling
+        values = {
+            "temperature": _normal(sampling.temperature) if sampling.temperature else 0.0,
+            "top_k": min(sampling.top_k or 0, self.vocabulary),
+            "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+            "min_p": sampling.min_p or 0.0,
+            "repetition_penalty": _normal(sampling.repetition_penalty),
+            "seed": seed - 2**64 if seed >= 2**63 else seed,  # the same bits
+            "stream": stream,
+            "step": step,
+        }
+        for name, value in values.items():
+            self._arrays[name][row] = value
+        if sampling.repetition_penalty != 1.0:
+            if "seen" not in self._arrays:
+                self._arrays["seen"] = self._device.zeros((len(self._settings), self.vocabulary), "bool")
+            self._arrays["seen"][row] = False
+            self._arrays["seen"][row, [token for token in seen if token < self.vocabulary]] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Copies row `source` over row `target`."""
+        self._settings[target] = self._settings[source]
+        for array in self._arrays.values():
+            array[target] = array[source]
+
+    def options(self, start: int, stop: int) -> dict[str, Any]:
+        """The arguments of `gpukernels.sample` for rows `start` to `stop`: those that one of them needs."""
+        rows, names = self._settings[start:stop], []
+        if any(each.temperature for each in rows):
+            names += ["temperature", "seed", "stream", "step"]
+            names += ["top_k"] * any(each.top_k for each in rows)
+            names += ["top_p"] * any(each.top_p is not None for each in rows)
+            names += ["min_p"] * any(each.min_p is not None for each in rows)
+        if any(each.repetition_penalty != 1.0 for each in rows):
+            names += ["repetition_penalty", "seen"]
+        return {name: self._arrays[name][start:stop] for name in names}
 
 
-def uniform(seed: int, stream: int, step: int) -> float:
-    """A number in [0, 1), a multiple of 2**-24, from (seed, stream, step) and nothing else: `gpukernels.uniform`."""
-    numbers = (np.array([number & 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.int64) for number in (seed, stream, step))
-    return float(gpukernels.uniform(*numbers)[0])
-
-
-def _one(value: float) -> np.ndarray:
-    return np.array([value], np.float64)
+def _normal(value: float) -> float:
+    """A number above 0 that is one in float32 too."""
+    return min(max(value, _LEAST), _MOST)
 
 
 def _number(value) -> bool:

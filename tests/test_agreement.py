@@ -22,7 +22,7 @@ from reference import CONFIGS, NEW_TOKENS, PATHS, Judge, close, from_pretrained,
 from safetensors import safe_open
 
 import model
-from model.decoder import EagerDecoder
+from model.decoder import Decoder
 
 BUNDLED = "tiny-gpt2"
 BUNDLED_FOLDER = Path(model.__file__).parent / "bundled" / BUNDLED
@@ -72,9 +72,9 @@ def check(lm: model.LanguageModel, judge: Judge) -> None:
     assert lm.generate(prompt, max_new_tokens=len(tokens)).tokens == tokens
 
 
-def decoder_of(lm: model.LanguageModel, *, rows: int) -> EagerDecoder:
+def decoder_of(lm: model.LanguageModel, *, rows: int) -> Decoder:
     """A decoder whose cache is NaN where nothing has been written."""
-    decoder = EagerDecoder(lm.parameters, lm.config, rows=rows, capacity=lm.config.n_positions)
+    decoder = Decoder(lm.parameters, lm.config, rows=rows, capacity=lm.config.n_positions)
     decoder.cache.keys[:] = decoder.cache.values[:] = float("nan")
     return decoder
 
@@ -287,7 +287,7 @@ def test_rows_of_different_lengths_step_together_as_each_would_alone(judge, path
         if step == 10:
             decoder.move(2, 0)
             rows = [2, 1]
-        logits = decoder.step([int(expected.ids[row, used[row]]) for row in rows])
+        logits = decoder.feed([int(expected.ids[row, used[row]]) for row in rows])
         used = [length + (row in rows) for row, length in enumerate(used)]
         agree(logits, rows)
 

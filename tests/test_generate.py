@@ -8,10 +8,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from choice import choose, uniform
 
 import model
 from model import GPT2Config, LanguageModel, ModelError, TokenizerError
-from model.sampling import Sampling, choose, uniform
+from model.sampling import Sampling
 
 PROMPT = "And Moses said unto"
 GREEDY = [259, 341, 12, 303, 491, 259, 341, 482, 386, 26, 303, 491, 259, 341, 482, 386, 14, 199, 296, 688]
@@ -302,6 +303,14 @@ def test_a_model_without_tokenizer_takes_and_gives_ids():
         lm.stream([1, 2], max_new_tokens=1)
 
 
+def test_logits_that_are_not_finite_are_an_error():
+    lm = tiny()
+    lm.parameters["norm.weight"] = np.full_like(lm.parameters["norm.weight"], np.nan)
+    for temperature in (0, 1):
+        with pytest.raises(ModelError, match="logits are not finite"):
+            lm.generate([1, 2], max_new_tokens=2, temperature=temperature)
+
+
 @pytest.fixture
 def computing_nothing(monkeypatch):
     """Whatever would allocate a cache fails."""
@@ -309,7 +318,7 @@ def computing_nothing(monkeypatch):
     def computed(*arguments, **options):
         raise AssertionError("this was computed")
 
-    monkeypatch.setattr(model.language_model, "EagerDecoder", computed)
+    monkeypatch.setattr(model.language_model, "Decoder", computed)
 
 
 WRONG = [

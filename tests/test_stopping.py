@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import pytest
+from choice import choose, uniform
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_generate import known, scripted, tiny
@@ -11,7 +12,7 @@ from test_generate import known, scripted, tiny
 import model
 from model import ContextError, LanguageModel, Tokenizer
 from model.load import locate
-from model.sampling import Sampling, choose, uniform
+from model.sampling import Sampling
 from model.stopping import StopMatcher
 
 TOKENIZER = Tokenizer.from_folder(locate("tiny-gpt2"))
@@ -202,7 +203,7 @@ def test_the_reason_why_a_text_ends():
 
 
 def test_what_does_not_fit_is_an_error_that_names_the_numbers(monkeypatch):
-    monkeypatch.setattr(model.language_model, "EagerDecoder", None)  # nothing is computed
+    monkeypatch.setattr(model.language_model, "Decoder", None)  # nothing is computed
     lm = tiny()
     with pytest.raises(ContextError) as caught:
         lm.generate([[1], [1, 2, 3]], max_new_tokens=6)

@@ -63,8 +63,37 @@ def sample(
     return tokens
 
 
-def sample_embed(logits, *, lengths, weight, position_weight=None, x, **options):
-    tokens = sample(logits, **options)
+def sample_embed(
+    logits,
+    *,
+    lengths,
+    weight,
+    position_weight=None,
+    x,
+    temperature=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=None,
+    seen=None,
+    uniforms=None,
+    seed=None,
+    stream=None,
+    step=None,
+):
+    tokens = sample(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seen=seen,
+        uniforms=uniforms,
+        seed=seed,
+        stream=stream,
+        step=step,
+    )
     in_use = lengths > 0
     tokens[~in_use] = -1
     rows = np.flatnonzero(in_use)
@@ -74,11 +103,11 @@ def sample_embed(logits, *, lengths, weight, position_weight=None, x, **options)
         embedded += position_weight[np.minimum(lengths[rows], len(position_weight) - 1)]
     x[rows, 0] = embedded
     lengths[rows] += 1
-    if options.get("step") is not None:
-        options["step"][rows] += 1
-    if options.get("seen") is not None:
+    if step is not None:
+        step[rows] += 1
+    if seen is not None:
         finite = tokens[rows] >= 0
-        options["seen"][rows[finite], known[finite]] = True
+        seen[rows[finite], known[finite]] = True
     return tokens
 
 

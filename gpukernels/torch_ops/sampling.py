@@ -56,19 +56,48 @@ def sample(
     return torch.where(peak[:, 0].isfinite(), tokens, -1)
 
 
-def sample_embed(logits, *, lengths, weight, position_weight=None, x, **options):
+def sample_embed(
+    logits,
+    *,
+    lengths,
+    weight,
+    position_weight=None,
+    x,
+    temperature=None,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=None,
+    seen=None,
+    uniforms=None,
+    seed=None,
+    stream=None,
+    step=None,
+):
+    tokens = sample(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seen=seen,
+        uniforms=uniforms,
+        seed=seed,
+        stream=stream,
+        step=step,
+    )
     in_use = lengths > 0
-    tokens = torch.where(in_use, sample(logits, **options), -1)
+    tokens = torch.where(in_use, tokens, -1)
     known = tokens.clamp(min=0)
     embedded = weight[known].to(x.dtype)
     if position_weight is not None:
         embedded = embedded + position_weight[lengths.clamp(max=len(position_weight) - 1).long()].to(x.dtype)
     x.copy_(torch.where(in_use[:, None], embedded, x[:, 0])[:, None])
     lengths += in_use
-    if options.get("step") is not None:
-        options["step"] += in_use
-    if options.get("seen") is not None:
-        seen = options["seen"]
+    if step is not None:
+        step += in_use
+    if seen is not None:
         seen |= (torch.arange(seen.shape[1], device=seen.device) == known[:, None]) & (tokens >= 0)[:, None]
     return tokens
 
