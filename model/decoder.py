@@ -6,7 +6,7 @@ embedding is where the next step begins, and nothing waits for a value. So a cap
 next step runs.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from gpukernels import sample_embed
@@ -54,6 +54,10 @@ class Decoder:
         self._x = self._device.zeros((rows, 1, config.n_embd), parameters.activation_dtype)
 
     @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    @property
     def capacity(self) -> int:
         return self.cache.capacity
 
@@ -75,13 +79,14 @@ class Decoder:
             seen: the ids that the repetition penalty falls on.
         """
         self.sampling.set(row, sampling, seed=seed, stream=stream, step=step, seen=seen)
-        return self._device.fetch(self._choose(self.prefill(row, ids), row, row + 1))
+        logits = self.prefill(row, ids)
+        return self._device.fetch(self._choose(logits, row, row + 1, self.sampling.needed(row, row + 1)))
 
     def step(self, rows: int) -> Tokens:
         """Feeds each of the first `rows` rows the token chosen last, and chooses the next ones."""
         for row in range(rows):
             self.lengths[row] += 1
-        return self._device.fetch(self._step(rows, max(self.lengths[:rows])))
+        return self._device.fetch(self._step(rows, max(self.lengths[:rows]), self.sampling.needed(0, rows)))
 
     def release(self, row: int) -> None:
         """Forgets the row: steps leave it alone until it starts again."""
@@ -123,16 +128,19 @@ class Decoder:
             self.cache.lengths[row] = self.lengths[row]
         return self._logits(rows, max(self.lengths[:rows]))
 
-    def _step(self, rows: int, extent: int) -> Any:
-        return self._choose(self._logits(rows, extent), 0, rows)
+    def _step(self, rows: int, extent: int, names: Iterable[str]) -> Any:
+        return self._choose(self._logits(rows, extent), 0, rows, names)
 
     def _logits(self, rows: int, extent: int) -> Any:
         """(n, V), behind the tokens that stand embedded in `_x`; the device's lengths count them already."""
         x = gpt2.blocks(self._parameters, self._config, self._x[:rows], self.cache.rows(0, rows, extent))
         return gpt2.unembed(self._parameters, self._config, x[:, 0])
 
-    def _choose(self, logits: Any, start: int, stop: int) -> Any:
-        """The next tokens of rows `start` to `stop`, which are ready for their step then."""
+    def _choose(self, logits: Any, start: int, stop: int, names: Iterable[str]) -> Any:
+        """The next tokens of rows `start` to `stop`, which are ready for their step then.
+
+        names: the arguments of `sample` that are used.
+        """
         root = self._parameters.root
         return sample_embed(
             logits[:, : self.sampling.vocabulary],
@@ -140,5 +148,5 @@ class Decoder:
             weight=root["tokens.weight"],
             position_weight=root["positions.weight"],
             x=self._x[start:stop],
-            **self.sampling.options(start, stop),
+            **self.sampling.arrays(names, start, stop),
         )

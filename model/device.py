@@ -76,7 +76,8 @@ class NumpyDevice:
         return np.asarray(values, np.int32)
 
     def fetch(self, array: np.ndarray) -> Callable[[], list[int]]:
-        return array.tolist
+        values = array.tolist()
+        return lambda: values
 
     def assign(self, array: np.ndarray, value: np.ndarray) -> None:
         np.copyto(array, value)
@@ -117,7 +118,8 @@ class TorchDevice:
 
     def fetch(self, array: Any) -> Callable[[], list[int]]:
         if not self.asynchronous:
-            return array.tolist
+            values = array.tolist()
+            return lambda: values
         host = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
         host.copy_(array, non_blocking=True)
         copied = self._torch.cuda.Event()

@@ -14,6 +14,7 @@ from model.decoder import Decoder
 from model.device import choose_device, choose_dtype
 from model.errors import ConfigError, ContextError, LoadNotice, ModelError
 from model.generate import Generation, Row, run
+from model.graph import GraphDecoder, can_capture
 from model.load import fill, fill_random, locate, plan
 from model.parameters import Parameters
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
@@ -133,6 +134,7 @@ class LanguageModel:
         self.eos_token_ids = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.notices = list(notices)
         self._values, self._folder = values or {}, folder
+        self._idle: GraphDecoder | None = None
 
     def logits(self, ids: Any) -> np.ndarray:
         """The logits behind every token.
@@ -273,10 +275,30 @@ class LanguageModel:
             return
         slides = limits.overflow == "slide"
         capacity = limits.positions if slides else max(row.positions_needed for row in rows)
+        decoder = self._decoder(slots, capacity)
+        try:
+            yield from run(decoder, rows, slots=slots, limits=limits)
+        finally:
+            self._give_back(decoder)
+
+    def _decoder(self, rows: int, capacity: int) -> Decoder:
         # What the tokenizer has no text for is padding of the table: never chosen.
         known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
-        decoder = Decoder(self.parameters, self.config, rows=slots, capacity=capacity, vocabulary=known)
-        yield from run(decoder, rows, slots=slots, limits=limits)
+        if not can_capture(self.parameters, self.config):
+            return Decoder(self.parameters, self.config, rows=rows, capacity=capacity, vocabulary=known)
+        # One with its graphs is kept from call to call; a call beside another has its own.
+        idle, self._idle = self._idle, None
+        if idle is not None and idle.rows >= rows:
+            return idle
+        positions = self.config.n_positions
+        return GraphDecoder(self.parameters, self.config, rows=rows, capacity=positions, vocabulary=known)
+
+    def _give_back(self, decoder: Decoder) -> None:
+        for row in range(decoder.rows):
+            if decoder.lengths[row]:
+                decoder.release(row)
+        if isinstance(decoder, GraphDecoder):
+            self._idle = decoder
 
     def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:
         return read_request(prompt, self.config, self.tokenizer, eos=self.eos_token_ids, sampling=sampling, **options)

@@ -5,7 +5,7 @@ as a decoder holds them.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,13 @@ import numpy as np
 
 from model.device import Device
 from model.errors import ModelError
+
+#: The arguments of `gpukernels.sample` that go together.
+DRAWING, FILTERS, PENALTY = (
+    ("temperature", "seed", "stream", "step"),
+    ("top_k", "top_p", "min_p"),
+    ("repetition_penalty", "seen"),
+)
 
 _LEAST, _MOST = 2.0**-126, 2.0**126  # normal in float32, and so is their reciprocal
 
@@ -92,16 +99,20 @@ class SamplingState:
         for array in self._arrays.values():
             array[target] = array[source]
 
-    def options(self, start: int, stop: int) -> dict[str, Any]:
-        """The arguments of `gpukernels.sample` for rows `start` to `stop`: those that one of them needs."""
+    def needed(self, start: int, stop: int) -> tuple[str, ...]:
+        """The arguments of `gpukernels.sample` that one of the rows `start` to `stop` needs."""
         rows, names = self._settings[start:stop], []
         if any(each.temperature for each in rows):
-            names += ["temperature", "seed", "stream", "step"]
+            names += DRAWING
             names += ["top_k"] * any(each.top_k for each in rows)
             names += ["top_p"] * any(each.top_p is not None for each in rows)
             names += ["min_p"] * any(each.min_p is not None for each in rows)
         if any(each.repetition_penalty != 1.0 for each in rows):
-            names += ["repetition_penalty", "seen"]
+            names += PENALTY
+        return tuple(names)
+
+    def arrays(self, names: Iterable[str], start: int, stop: int) -> dict[str, Any]:
+        """These arguments, for rows `start` to `stop`; what a row has not asked for changes nothing of it."""
         return {name: self._arrays[name][start:stop] for name in names}
 
 

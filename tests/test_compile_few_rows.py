@@ -4,7 +4,7 @@ import pytest
 from workloads import few, few_rows_of_gpt2
 
 from gpukernels.compile_report import CHIPS, record
-from gpukernels.kernels.device import dependent_launches
+from gpukernels.launches import dependent_launches
 
 
 @pytest.mark.parametrize("capability", CHIPS)

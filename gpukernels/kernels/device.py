@@ -5,14 +5,14 @@ The answers come from Triton's driver, not from `torch.cuda`, so that a stand-in
 there is no driver: then the GPU is `INTERPRETED`, small, so that persistent kernels loop.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.runtime import driver
+
+from gpukernels.launches import are_dependent
 
 #: True where `@triton.jit` made interpreted functions (TRITON_INTERPRET=1), which run on CPU tensors.
 INTERPRETING = triton.knobs.runtime.interpret
@@ -47,31 +47,9 @@ def _gpu(device: int) -> Gpu:
     return Gpu(int(active.get_current_target().arch), properties["multiprocessor_count"])
 
 
-_dependent = False
-
-
-@contextlib.contextmanager
-def dependent_launches() -> Iterator[None]:
-    """While this lasts, kernels that can do so start before the one in front of them on the stream has ended.
-
-    Programmatic dependent launch, from compute capability 9.0 on: a kernel with the flag DEPENDENT loads what
-    is constant (weights, biases, norm parameters), then waits for the kernel before it to end, and only then
-    lets the next one start. So when a kernel starts, all have ended but the one before it, and attention may
-    load the older keys and values of a cache early too. The caller promises that nothing launched meanwhile
-    writes a weight, or a place of a cache that the very next kernel reads as old. Kernels without the flag
-    start as ever. For a decode step; measured by a probe on an H100, 2026-11-22: 3555 tokens/s instead of 2843.
-    """
-    global _dependent
-    before, _dependent = _dependent, True
-    try:
-        yield
-    finally:
-        _dependent = before
-
-
 def dependent_launch() -> dict[str, Any]:
-    """The launch options of a kernel with the flag DEPENDENT."""
-    if _dependent and (INTERPRETING or gpu().capability >= 90):
+    """The launch options of a kernel with the flag DEPENDENT: see `gpukernels.launches`."""
+    if are_dependent() and (INTERPRETING or gpu().capability >= 90):
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
 

@@ -24,7 +24,7 @@ by N, K, the dtype and the device, never by M. That costs a second launch and 8 
 float32 sums are added in their order. The norm of a row that 8 warps cannot hold beside the weight, or that
 thousands of programs would repeat, is a launch of its own.
 
-DEPENDENT (see `kernels/device.py`): the weight, the bias and the norm's parameters are loaded before the wait.
+DEPENDENT (see `gpukernels.launches`): the weight, the bias and the norm's parameters are loaded before the wait.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)

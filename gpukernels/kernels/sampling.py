@@ -201,7 +201,8 @@ def _sample_kernel(
                     )
             if min_p_ptr is not None:
                 least = tl.ceil(tl.minimum(tl.load(min_p_ptr + row), 1.0) * _HEAVIEST).to(tl.int64)
-                total, _near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
+                if least > 0:
+                    total, _near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
 
             if uniform_ptr is not None:
                 draw = (tl.load(uniform_ptr + row) * _UNIFORMS).to(tl.int64)

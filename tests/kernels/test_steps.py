@@ -9,23 +9,19 @@ from truth_steps import Steps, check_cached_attention
 
 import gpukernels
 from gpukernels.kernels.attention import decode
-from gpukernels.kernels.device import INTERPRETING, Gpu, dependent_launches, gpu
+from gpukernels.kernels.device import INTERPRETING, Gpu, gpu
+from gpukernels.launches import dependent_launches
 
 HEADS = {"own keys": (2, 2), "shared keys": (4, 2), "more than a product": (19, 1)}
 
 
 @pytest.fixture(params=[False, True], ids=["in order", "dependent"])
-def launches(request, monkeypatch):
+def launches(request):
     """Launched one after the other, or as a decode step launches them, where the GPU can."""
     if not request.param:
         return contextlib.nullcontext
     if not INTERPRETING and gpu().capability < 90:
         pytest.skip("this GPU has no dependent launch")
-    if INTERPRETING:  # programs run one after the other anyway
-        import triton.language as tl
-
-        for name in ("gdc_wait", "gdc_launch_dependents"):
-            monkeypatch.setattr(tl.extra.cuda, name, lambda _semantic=None: None)
     return dependent_launches
 
 

@@ -32,7 +32,7 @@ keeps a maximum, a sum and a result of its own: lanes meet once, after the last 
 keys, one program serves up to 16 of them with matrix products, so that keys and values are read once.
 (Not in float32, which has no such products: there a group's heads find the keys in the L2 cache.)
 
-DEPENDENT (see `kernels/device.py`): the first block of old keys and values is loaded before the wait.
+DEPENDENT (see `gpukernels.launches`): the first block of old keys and values is loaded before the wait.
 
 Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, arXiv 1805.02867.
 """

@@ -1,0 +1,108 @@
+"""The decode step as a CUDA graph: one launch from the host for every token, whatever the lengths are.
+
+A graph is captured once for a number of rows and a set of sampling arguments, and never again for a length:
+everything that changes from step to step lies in device memory. Rows of the bucket that are not in use have
+the length 0, and nothing is read or written for them.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gpukernels.launches import dependent_launches
+from model.config import GPT2Config
+from model.decoder import Decoder, Tokens
+from model.parameters import Parameters
+from model.sampling import DRAWING, FILTERS, PENALTY
+
+#: Runs a function once without capturing, then captures it; what replays it, and what the replays write.
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+_WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks the device for values
+
+
+def can_capture(parameters: Parameters, config: GPT2Config) -> bool:
+    """Whether a step of this model can be a graph: on CUDA, where every op of it is a kernel."""
+    on_cuda = parameters.device.name.startswith("cuda")
+    return on_cuda and importlib.util.find_spec("triton") is not None and config.head_width <= _WIDEST
+
+
+class GraphDecoder(Decoder):
+    """A `Decoder` whose steps are replayed graphs, for buckets of 1, 2, 4, ... rows.
+
+    Attributes:
+        capture_seconds: how long capturing took so far, compiling included.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        config: GPT2Config,
+        *,
+        rows: int,
+        capacity: int,
+        vocabulary: int | None = None,
+        capture: Capture | None = None,
+    ):
+        super().__init__(parameters, config, rows=rows, capacity=capacity, vocabulary=vocabulary)
+        self.buckets = [*(1 << i for i in range((rows - 1).bit_length())), rows]
+        self.capture_seconds = 0.0
+        self._capture = _CudaCapture(self._device.name) if capture is None else capture
+        self._graphs: dict[tuple, tuple[Callable[[], None], Any]] = {}
+
+    def step(self, rows: int) -> Tokens:
+        for row in range(rows):
+            self.lengths[row] += 1
+        bucket = next(each for each in self.buckets if each >= rows)
+        replay, tokens = self._graph(bucket, _variant(self.sampling.needed(0, rows)))
+        replay()
+        return self._device.fetch(tokens[:rows])
+
+    def warm_up(self) -> None:
+        """Captures what greedy and sampled steps of every bucket need, so that no later step waits for it."""
+        for bucket in self.buckets:
+            for variant in ((), _variant(DRAWING)):
+                self._graph(bucket, variant)
+
+    def _graph(self, bucket: int, names: tuple[str, ...]) -> tuple[Callable[[], None], Any]:
+        if (bucket, names) not in self._graphs:
+            started = time.perf_counter()
+            # Nobody is in use meanwhile: the step that compiles the kernels changes nothing.
+            lengths = self.cache.lengths + 0
+            self.cache.lengths[:] = 0
+            with dependent_launches():
+                captured = self._capture(lambda: self._step(bucket, self.capacity, names))
+            self.cache.lengths[:] = lengths
+            self._graphs[bucket, names] = captured
+            self.capture_seconds += time.perf_counter() - started
+        return self._graphs[bucket, names]
+
+
+def _variant(needed: Iterable[str]) -> tuple[str, ...]:
+    """Few sets of sampling arguments, so that there are few graphs: those with neutral values cost next to nothing."""
+    drawing = (*DRAWING, *FILTERS) if "temperature" in needed else ()
+    return drawing + (PENALTY if "seen" in needed else ())
+
+
+class _CudaCapture:
+    """`Capture` by torch; the graphs share one pool of memory, as only one runs at a time."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self._torch, self._device, self._pool = torch, torch.device(device), None
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        cuda = self._torch.cuda
+        with cuda.device(self._device):
+            side = cuda.Stream()
+            side.wait_stream(cuda.current_stream())
+            with cuda.stream(side):
+                function()
+            cuda.current_stream().wait_stream(side)
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph, pool=self._pool):
+                result = function()
+            self._pool = graph.pool()
+        return graph.replay, result

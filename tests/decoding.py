@@ -1,0 +1,75 @@
+"""Models, requests and a captured form without CUDA, for the tests of decoders on every device."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import model
+from model.config import GPT2Config
+from model.decoder import Decoder
+from model.generate import Limits, Row, run
+from model.graph import GraphDecoder
+from model.sampling import Sampling
+
+CONFIG = GPT2Config(vocab_size=61, n_positions=40, n_embd=48, n_layer=2, n_head=3)
+
+#: (prompt, most new tokens, sampling): rows of every length, some of which end while others run.
+REQUESTS = [
+    ([3, 1, 4], 12, Sampling()),
+    ([1], 1, Sampling(temperature=1.0)),
+    (list(range(20)), 6, Sampling(temperature=0.8, top_k=9)),
+    ([5, 9], 9, Sampling(repetition_penalty=1.7)),
+    ([2, 6, 5, 3], 14, Sampling(temperature=1.3, top_p=0.8, min_p=0.02)),
+    ([7] * 11, 5, Sampling(temperature=0.9, repetition_penalty=1.2)),
+    ([8], 3, Sampling()),
+]
+
+
+def lively(device: Any, dtype: str = "float32") -> model.LanguageModel:
+    """A small model whose logits are far apart, so that a rounding changes no choice."""
+    lm = model.from_config(CONFIG, seed=3, device=device, dtype=dtype)
+    for name, array in lm.parameters.items():
+        if array.ndim == 2:
+            lm.parameters[name] = array * 6
+    return lm
+
+
+def generated(decoder: Decoder, *, slots: int, overflow: str = "error", eos: frozenset[int] = frozenset()) -> list:
+    """The tokens of REQUESTS, `slots` at a time."""
+    rows = []
+    for stream, (prompt, new, sampling) in enumerate(REQUESTS):
+        limits = Limits(decoder._config.n_positions, eos, overflow, new)
+        rows.append(Row(prompt, limits=limits, sampling=sampling, seed=11, stream=stream, stops=(), tokenizer=None))
+    for _ in run(decoder, rows, slots=slots, limits=limits):
+        pass
+    assert decoder.lengths == [0] * decoder.rows
+    return [row.tokens for row in rows]
+
+
+def replayed(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """`model.graph.Capture` where there is no CUDA: runs what it has captured, and writes the same memory each time."""
+    result = function()
+
+    def replay() -> None:
+        fresh = function()
+        if isinstance(result, np.ndarray):
+            np.copyto(result, fresh)
+        else:
+            result.copy_(fresh)
+
+    return replay, result
+
+
+def decoder_of(
+    lm: model.LanguageModel, *, rows: int, captured: bool = False, ahead: bool = False, **changed
+) -> Decoder:
+    options = {"rows": rows, "capacity": lm.config.n_positions}
+    config = dataclasses.replace(lm.config, **changed)
+    if captured:
+        decoder = GraphDecoder(lm.parameters, config, **options, capture=replayed)
+    else:
+        decoder = Decoder(lm.parameters, config, **options)
+    decoder.ahead = ahead
+    return decoder

@@ -1,0 +1,54 @@
+"""A model decodes by the fused kernels, token for token as on NumPy; on a GPU, captured as well as one by one."""
+
+import pytest
+import torch
+from decoding import REQUESTS, decoder_of, generated, lively
+from kernel_cases import DEVICE
+
+import gpukernels
+from gpukernels import torch_ops
+from gpukernels.kernels.device import INTERPRETING
+from model.graph import GraphDecoder
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return generated(decoder_of(lively("cpu"), rows=1), slots=1)
+
+
+@pytest.fixture
+def kernels_only(monkeypatch):
+    for name in set(gpukernels.__all__) & set(vars(torch_ops)):
+        monkeypatch.setattr(torch_ops, name, lambda *args, **options: pytest.fail("plain torch ran"))
+
+
+@pytest.mark.parametrize(("slots", "captured"), [(1, False), (3, True)], ids=["one by one", "joining and leaving"])
+def test_tokens_are_those_of_numpy(expected, slots, captured, kernels_only):
+    lm = lively(torch.device(DEVICE))
+    if INTERPRETING:
+        decoder = decoder_of(lm, rows=slots, captured=captured, ahead=captured)
+    else:
+        kind = GraphDecoder if captured else type(decoder_of(lm, rows=1))
+        decoder = kind(lm.parameters, lm.config, rows=slots, capacity=lm.config.n_positions)
+    assert generated(decoder, slots=slots) == expected
+
+
+@pytest.mark.skipif(INTERPRETING, reason="graphs are CUDA's")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_captured_step_is_the_eager_one(dtype):
+    lm = lively(torch.device(DEVICE), dtype)
+    options = {"rows": 3, "capacity": lm.config.n_positions}
+    graph = GraphDecoder(lm.parameters, lm.config, **options)
+    assert generated(graph, slots=3) == generated(decoder_of(lm, rows=3), slots=3)
+    graph.warm_up()
+    assert generated(graph, slots=3) == generated(decoder_of(lm, rows=3), slots=3)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="a model on CUDA keeps its graphs")
+def test_generate_keeps_its_graphs():
+    lm = lively("cuda")
+    prompts = [prompt for prompt, *_ in REQUESTS]
+    first = [result.tokens for result in lm.generate(prompts, max_new_tokens=8, batch_size=4)]
+    graphs = dict(lm._idle._graphs)
+    assert [result.tokens for result in lm.generate(prompts, max_new_tokens=8, batch_size=2)] == [*first]
+    assert set(graphs) <= set(lm._idle._graphs)

@@ -1,0 +1,55 @@
+"""A decode step as it is launched: how many kernels, which ones, and what they compile to."""
+
+import pytest
+import torch
+
+from gpukernels.compile_report import CHIPS, record
+from gpukernels.launches import dependent_launches
+from model import PRESETS
+from model.decoder import Decoder
+from model.device import TorchDevice
+from model.gpt2 import slots
+from model.parameters import Parameters
+from model.sampling import DRAWING, FILTERS
+
+SPILL = 16
+
+
+def step(preset: str, dtype: str, *, rows: int = 1, names=()):
+    """A step of a preset as a graph of it is captured, on tensors without data."""
+    config = PRESETS[preset]
+    parameters = Parameters(slots(config), TorchDevice(torch.device("meta")), dtype)
+    decoder = Decoder(parameters, config, rows=rows, capacity=config.n_positions)
+    with dependent_launches():
+        decoder._step(rows, config.n_positions, names)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("preset", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_five_launches_a_layer_and_three_beside(preset, rows):
+    launches = record(lambda: step(preset, "float16", rows=rows), capability=90)
+    layers = PRESETS[preset].n_layer
+    names = [launch.kernel for launch in launches]
+    few, attention = "_few_rows_kernel", "_decode_head_kernel"
+    assert names == [few, attention, few, few, few] * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("preset", "dtype"), [("gpt2", "float16"), ("gpt2", "float32"), ("gpt2-xl", "float16")])
+def test_no_kernel_of_a_step_spills(preset, dtype, capability):
+    launches = record(lambda: step(preset, dtype, names=(*DRAWING, *FILTERS)), capability=capability)
+    for launch in {launch.compiled.cubin: launch for launch in launches}.values():
+        compiled = launch.compiled
+        assert compiled.spilled_bytes <= SPILL, f"{launch.kernel} spills {compiled.spilled_bytes} bytes"
+        assert compiled.shared_memory <= CHIPS[capability].shared_memory
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_old_keys_and_values_are_loaded_before_the_wait(capability):
+    launches = record(lambda: step("gpt2", "float16"), capability=capability)
+    launch = next(each for each in launches if each.kernel == "_decode_head_kernel")
+    listing = launch.compiled.listing
+    (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
+    early = [i for i, name in enumerate(listing[:wait]) if name.startswith("LDG.E.128")]
+    assert len(early) == 8  # 64 keys and as many values of 128 bytes, 16 of them for each of 128 threads
+    assert wait < trigger
