@@ -31,7 +31,10 @@ def test_five_launches_a_layer_and_three_beside(preset, rows):
     layers = PRESETS[preset].n_layer
     names = [launch.kernel for launch in launches]
     few, attention = "_few_rows_kernel", "_decode_head_kernel"
-    assert names == [few, attention, few, few, few] * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
+    # Down's 12,800 bytes of K in GPT-2 XL are more than the registers of one program hold: two share them.
+    finish = ["_few_rows_finish_kernel"] * (preset == "gpt2-xl")
+    block = [few, attention, few, few, few, *finish]
+    assert names == block * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -50,7 +50,7 @@ class FewRowsTile(NamedTuple):
 # Bytes of one row of the weight that so many warps hold. Chosen from the compile report (spills of 16 bytes at
 # most on sm_80 to sm_100), not yet measured. 16 rows of the weight where that makes a program for each
 # multiprocessor, as for QKV and up, and 8 for the projection: so did the probes on an H100, 2026-11-22.
-_HELD = {8: 3328, 16: 8192}
+_HELD = {8: 3328, 16: 10240}
 # A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
 # multiprocessor: with more of them, a launch of its own is cheaper.
 _NORMS = 4
