@@ -40,7 +40,9 @@ def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
     `head` asks for an output matrix of its own; default where the config does not tie it.
     """
     width, hidden = config.n_embd, config.feed_forward_width
-    yield Slot("tokens.weight", "wte.weight", (config.vocab_size, width))
+    # So many logits in a row that a GPU reads every row 16 bytes at a time.
+    padded = -(-config.vocab_size // 64) * 64
+    yield Slot("tokens.weight", "wte.weight", (config.vocab_size, width), padded=padded)
     yield Slot("positions.weight", "wpe.weight", (config.n_positions, width))
     products = {
         "qkv": (3 * width, width),
@@ -57,7 +59,7 @@ def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
     yield Slot("norm.weight", "ln_f.weight", (width,))
     yield Slot("norm.bias", "ln_f.bias", (width,))
     if not config.tie_word_embeddings if head is None else head:
-        yield Slot("head.weight", _HEAD, (config.vocab_size, width))
+        yield Slot("head.weight", _HEAD, (config.vocab_size, width), padded=padded)
 
 
 @dataclass
@@ -155,5 +157,6 @@ def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = N
 def unembed(parameters: Parameters, config: GPT2Config, x):
     """Logits (..., V) of hidden states (..., C)."""
     root = parameters.root
-    head = root.get("head.weight", root["tokens.weight"])
-    return norm_linear(x, root["norm.weight"], root["norm.bias"], head, eps=config.layer_norm_epsilon)
+    head = parameters.padded["head.weight" if "head.weight" in root else "tokens.weight"]
+    logits = norm_linear(x, root["norm.weight"], root["norm.bias"], head, eps=config.layer_norm_epsilon)
+    return logits[..., : config.vocab_size]

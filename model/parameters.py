@@ -15,6 +15,7 @@ class Slot:
     source: str  # its name in a checkpoint
     shape: tuple[int, ...]  # (out, in) for a product
     transposed: bool = False  # the checkpoint stores (in, out)
+    padded: int | None = None  # rows of its memory, those behind the shape's zeros; default as many as it has
 
     @property
     def size(self) -> int:
@@ -23,6 +24,10 @@ class Slot:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        return self.shape if self.padded is None else (self.padded, *self.shape[1:])
 
 
 _ALIGNMENT = 64  # elements: 128 bytes at least, what wide loads of any device ask for
@@ -34,6 +39,7 @@ class Parameters(MutableMapping):
     Assigning copies into the parameter's own memory, which never moves; a value of another shape or
     dtype is refused, and so is a name that the model does not have. `root` holds what is outside the
     blocks and `blocks[i]` the slice of block i by its short names ("qkv.weight"): the same arrays.
+    `padded` has the tables of tokens once more, with rows of zeros behind the last.
     """
 
     def __init__(self, slots: Iterable[Slot], device: Device, dtype: str):
@@ -41,13 +47,17 @@ class Parameters(MutableMapping):
         self.device, self.dtype = device, dtype
         self.activation_dtype = device.activation_dtype(dtype)
         self.root: dict = {}
+        self.padded: dict = {}
         self.blocks: list[dict] = []
         self._arrays = {}
         # One allocation: the whole of it lies in the system's large pages, which reading it through needs.
-        sizes = [-(-slot.size // _ALIGNMENT) * _ALIGNMENT for slot in self.slots.values()]
+        sizes = [-(-math.prod(slot.padded_shape) // _ALIGNMENT) * _ALIGNMENT for slot in self.slots.values()]
         memory, start = device.empty((sum(sizes),), dtype), 0
         for slot, size in zip(self.slots.values(), sizes, strict=True):
             array = memory[start : start + slot.size].reshape(slot.shape)
+            if slot.padded is not None:
+                memory[start + slot.size : start + size] = 0
+                self.padded[slot.name] = memory[start : start + math.prod(slot.padded_shape)].reshape(slot.padded_shape)
             self._arrays[slot.name], start = array, start + size
             group, _, short = slot.name.partition(".")
             if group != "blocks":
