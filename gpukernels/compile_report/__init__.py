@@ -11,6 +11,21 @@ The function gets tensors on torch's `meta` device, which have shapes and no mem
 
 from gpukernels.compile_report.binary import Compiled
 from gpukernels.compile_report.chips import CHIPS, Chip
+from gpukernels.compile_report.cost import Cost, cost
+from gpukernels.compile_report.gpus import GPUS, Gpu, gpu_named, roofline
 from gpukernels.compile_report.recording import Launch, record, stand_in
 
-__all__ = ["CHIPS", "Chip", "Compiled", "Launch", "record", "stand_in"]
+__all__ = [
+    "CHIPS",
+    "GPUS",
+    "Chip",
+    "Compiled",
+    "Cost",
+    "Gpu",
+    "Launch",
+    "cost",
+    "gpu_named",
+    "record",
+    "roofline",
+    "stand_in",
+]
