@@ -12,6 +12,7 @@ The function gets tensors on torch's `meta` device, which have shapes and no mem
 from gpukernels.compile_report.binary import Compiled
 from gpukernels.compile_report.chips import CHIPS, Chip
 from gpukernels.compile_report.cost import Cost, cost
+from gpukernels.compile_report.cuda_source import compile_cuda
 from gpukernels.compile_report.gpus import GPUS, Gpu, gpu_named, roofline
 from gpukernels.compile_report.recording import Launch, record, stand_in
 
@@ -23,6 +24,7 @@ __all__ = [
     "Cost",
     "Gpu",
     "Launch",
+    "compile_cuda",
     "cost",
     "gpu_named",
     "record",

@@ -18,3 +18,13 @@ CHIPS = {
     90: Chip("H100", 132, 227 << 10),
     100: Chip("B200", 148, 227 << 10),
 }
+
+#: Bytes of shared memory that CUDA keeps for itself of every block, from compute capability 8.0 on.
+RESERVED = 1 << 10
+
+
+def checked(who: str, capability: int) -> int:
+    """The capability, if it is one of `CHIPS`."""
+    if capability not in CHIPS:
+        raise ValueError(f"{who}: capability must be one of {', '.join(map(str, CHIPS))}, got {capability}")
+    return capability

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from gpukernels.compile_report.binary import Compiled
-from gpukernels.compile_report.chips import CHIPS
+from gpukernels.compile_report.chips import CHIPS, checked
 from gpukernels.kernels.device import INTERPRETING
 from gpukernels.library.registry import LAUNCHERS
 
@@ -44,8 +44,7 @@ def stand_in(capability: int) -> Iterator[list[Launch]]:
 
     Raises as `record` does.
     """
-    if capability not in CHIPS:
-        raise ValueError(f"record: capability must be one of {', '.join(map(str, CHIPS))}, got {capability}")
+    checked("record", capability)
     if INTERPRETING:
         raise RuntimeError("record: kernels are interpreted in this process; start it without TRITON_INTERPRET")
     before, driver_here = driver._active, _Driver(capability)
