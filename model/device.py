@@ -13,13 +13,26 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpukernels.cast import cast
+from gpukernels.cast import Losses, cast, cuda_upload
 from model.errors import DeviceError
+from model.host_upload import HostUpload
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 #: Bytes of one element.
 WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Upload(Protocol):
+    """A file's tensors on their way into arrays; see `gpukernels.cast.Upload`."""
+
+    def add(
+        self, read: Callable[[memoryview], None], format: str, shape: tuple[int, ...], out: Any, *, transposed: bool
+    ) -> None:
+        """Reads a tensor of this shape into `out`, which is of that shape, or of its reverse where `transposed`."""
+
+    def finish(self) -> list[Losses]:
+        """Waits for the last one; what each cast lost, in order."""
 
 
 class Device(Protocol):
@@ -47,8 +60,14 @@ class Device(Protocol):
     def assign(self, array: Any, value: Any) -> None:
         """Copies `value`, of the array's kind and shape, into `array`."""
 
-    def cast(self, source: np.ndarray, format: str, out: Any) -> int:
-        """Writes checkpoint values into `out`; returns how many overflowed. See `gpukernels.cast`."""
+    def cast(self, source: np.ndarray, format: str, out: Any) -> None:
+        """Writes checkpoint values into `out`. See `gpukernels.cast`."""
+
+    def upload(self, tensors: int, *, dtype: str, audit: str | None = None) -> Upload:
+        """A way for so many tensors of a file into arrays of `dtype`. For `audit` see `HostUpload`."""
+
+    def how_it_loads(self) -> str:
+        """One sentence on the way that `upload` takes."""
 
     def to_host(self, array: Any) -> np.ndarray:
         """The values as a float32 array on the host."""
@@ -82,8 +101,14 @@ class NumpyDevice:
     def assign(self, array: np.ndarray, value: np.ndarray) -> None:
         np.copyto(array, value)
 
-    def cast(self, source: np.ndarray, format: str, out: np.ndarray) -> int:
-        return cast(source, format, out)
+    def cast(self, source: np.ndarray, format: str, out: np.ndarray) -> None:
+        cast(source, format, out)
+
+    def upload(self, tensors: int, *, dtype: str, audit: str | None = None) -> Upload:
+        return HostUpload(self.cast, dtype=dtype, audit=audit)
+
+    def how_it_loads(self) -> str:
+        return "read straight into the parameters, or by 4 MiB and cast by NumPy"
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, copy=False)
@@ -102,6 +127,7 @@ class TorchDevice:
         self.device = torch.device(device)
         self.name = str(self.device)
         self.asynchronous = self.device.type == "cuda"
+        self._casts_on_device = self.asynchronous and importlib.util.find_spec("cupy") is not None
 
     def activation_dtype(self, dtype: str) -> Any:
         return getattr(self._torch, dtype)
@@ -135,18 +161,24 @@ class TorchDevice:
         with self._torch.no_grad():
             array.copy_(value)
 
-    def cast(self, source: np.ndarray, format: str, out: Any) -> int:
+    def cast(self, source: np.ndarray, format: str, out: Any) -> None:
         torch = self._torch
         if format == "BF16":
             tensor = torch.from_numpy(source.view(np.int16)).view(torch.bfloat16)
         else:
             tensor = torch.from_numpy(source)
         # The raw values travel; the device casts (and transposes, where `out` is a transposed view).
-        tensor = tensor.to(self.device).reshape(out.shape)
-        out.copy_(tensor)
-        if out.dtype != torch.float16 or format == "F16":
-            return 0
-        return int(torch.isinf(out).sum() - torch.isinf(tensor).sum())
+        out.copy_(tensor.to(self.device).reshape(out.shape))
+
+    def upload(self, tensors: int, *, dtype: str, audit: str | None = None) -> Upload:
+        if self._casts_on_device and audit in (None, dtype):  # its kernel counts what it does, always
+            return cuda_upload(self.device, tensors, dtype=dtype)
+        return HostUpload(self.cast, dtype=dtype, audit=audit)
+
+    def how_it_loads(self) -> str:
+        if self._casts_on_device:
+            return "two pinned buffers, cast on the device by CuPy"
+        return "by 4 MiB and cast by torch" + "; with CuPy installed, cast on the device" * self.asynchronous
 
     def to_host(self, array: Any) -> np.ndarray:
         return array.detach().float().cpu().numpy()

@@ -15,7 +15,7 @@ from model.device import choose_device, choose_dtype
 from model.errors import ConfigError, ContextError, LoadNotice, ModelError
 from model.generate import Generation, Row, run
 from model.graph import GraphDecoder, can_capture
-from model.load import fill, fill_random, locate, plan
+from model.load import Filled, fill, fill_random, locate, plan
 from model.parameters import Parameters
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
 from model.sampling import Sampling
@@ -73,15 +73,16 @@ def load(
     planned = plan(path)
     tokenizer = Tokenizer.from_folder(planned.folder)
     eos = generation_eos(planned.folder)
-    parameters, overflows = fill(planned, place, choose_dtype(dtype, place, planned.stored), progress)
-    notices = planned.notices + overflows
+    filled = fill(planned, place, choose_dtype(dtype, place, planned.stored), progress)
+    notices = planned.notices + filled.notices
     if tokenizer is not None:
         notices += vocabulary_notices(tokenizer, planned.config.vocab_size)
     for notice in notices:
         warnings.warn(notice, LoadNotice, stacklevel=2)
     return LanguageModel(
         planned.config,
-        parameters,
+        filled.parameters,
+        filled=filled,
         tokenizer=tokenizer,
         eos_token_ids=eos,
         values=planned.values,
@@ -117,6 +118,8 @@ class LanguageModel:
         tokenizer: or None where the checkpoint has none.
         eos_token_ids: the ids that end a text.
         notices: what was remarkable about the checkpoint.
+        filled: how the weights were read: bytes, seconds, GB/s, and what the cast of each tensor lost; None
+            where they were not read from files.
     """
 
     def __init__(
@@ -129,10 +132,11 @@ class LanguageModel:
         values: dict | None = None,
         folder: Path | None = None,
         notices: Sequence[str] = (),
+        filled: Filled | None = None,
     ):
         self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
         self.eos_token_ids = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-        self.notices = list(notices)
+        self.notices, self.filled = list(notices), filled
         self._values, self._folder = values or {}, folder
         self._idle: GraphDecoder | None = None
 

@@ -6,29 +6,28 @@
 one error. `fill` then allocates each parameter once and reads each tensor straight into its place.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from gpukernels.cast import FORMATS
+from gpukernels.cast import FORMATS, Losses
 from model import gpt2
 from model.checkpoint import TensorEntry, read_entries
 from model.config import GPT2Config, read_config
 from model.device import Device
 from model.errors import CheckpointError, ModelError
 from model.files import read_json
+from model.host_upload import CHUNK
 from model.parameters import Parameters, Slot
 
 #: The embedded model: 5.9 M parameters, trained on the King James Bible.
 BUNDLED = "tiny-gpt2"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / BUNDLED
-
-# Bytes read at a time where they cannot go straight into the parameter: the longest row that a config may
-# have (2**20 float32) is as long.
-_CHUNK = 4 * 2**20
 
 
 @dataclass
@@ -166,32 +165,69 @@ def _equal(a: TensorEntry, b: TensorEntry) -> bool:
     with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
         file_a.seek(a.offset)
         file_b.seek(b.offset)
-        for start in range(0, a.nbytes, _CHUNK):
-            size = min(_CHUNK, a.nbytes - start)
+        for start in range(0, a.nbytes, CHUNK):
+            size = min(CHUNK, a.nbytes - start)
             if file_a.read(size) != file_b.read(size):
                 return False
     return True
 
 
+@dataclass(frozen=True)
+class Filled:
+    """Parameters read from files, and what reading them was like.
+
+    Attributes:
+        losses: what the cast of each tensor lost, by its name in the checkpoint.
+        nbytes: read from the files.
+        seconds: from the first byte to the last cast.
+        way: one sentence on how the bytes went.
+    """
+
+    parameters: Parameters
+    losses: dict[str, Losses]
+    nbytes: int
+    seconds: float
+    way: str
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Of the files' bytes, 10^9 of them."""
+        return self.nbytes / self.seconds / 1e9
+
+    @property
+    def notices(self) -> list[str]:
+        """A sentence for every tensor with values that became infinite."""
+        return [
+            f"{name}: {lost.overflowed} values are too large for {self.parameters.dtype} and became infinite"
+            for name, lost in self.losses.items()
+            if lost.overflowed
+        ]
+
+
 def fill(
-    plan: Plan, device: Device, dtype: str, progress: Callable[[int, int], None] | None = None
-) -> tuple[Parameters, list[str]]:
+    plan: Plan,
+    device: Device,
+    dtype: str,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    audit: str | None = None,
+) -> Filled:
     """Allocates the parameters and reads every tensor into its place, in file order.
 
     Args:
         progress: called with the bytes read and the bytes to read.
-
-    Returns:
-        The parameters, and notices of values that became infinite in `dtype`.
+        audit: the dtype whose losses are counted, those of casts that cannot lose too; default `dtype`'s, of
+            what can.
     """
     parameters = Parameters(plan.slots, device, dtype)
     pairs = sorted(
         ((plan.entries[slot.name], slot) for slot in plan.slots), key=lambda pair: (pair[0].path, pair[0].offset)
     )
-    total, done, notices = sum(entry.nbytes for entry, _ in pairs), 0, []
+    total, done = sum(entry.nbytes for entry, _ in pairs), 0
     file: BinaryIO | None = None
     opened: Path | None = None
-    scratch = memoryview(bytearray(_CHUNK))
+    started = time.perf_counter()
+    upload = device.upload(len(pairs), dtype=dtype, audit=audit)
     try:
         for entry, slot in pairs:
             if entry.path != opened:
@@ -199,10 +235,9 @@ def fill(
                     file.close()
                 # Unbuffered: a read goes straight into the memory it is given.
                 file, opened = open(entry.path, "rb", buffering=0), entry.path  # noqa: SIM115
-            array = parameters[slot.name]
-            overflowed = _read(file, entry, array.T if slot.transposed else array, device, scratch)
-            if overflowed:
-                notices.append(f"{entry.name}: {overflowed} values are too large for {dtype} and became infinite")
+            file.seek(entry.offset)
+            read = partial(_read_exactly, file, entry)
+            upload.add(read, entry.dtype, entry.shape, parameters[slot.name], transposed=slot.transposed)
             done += entry.nbytes
             if progress is not None:
                 progress(done, total)
@@ -211,28 +246,14 @@ def fill(
     finally:
         if file is not None:
             file.close()
-    return parameters, notices
+    losses = upload.finish()
+    seconds = time.perf_counter() - started
+    by_name = {entry.name: lost for (entry, _), lost in zip(pairs, losses, strict=True)}
+    return Filled(parameters, by_name, total, seconds, device.how_it_loads())
 
 
-def _read(file: BinaryIO, entry: TensorEntry, out, device: Device, scratch: memoryview) -> int:
-    """Reads one tensor into `out`, in the file's orientation; returns how many values overflowed."""
-    stored = FORMATS[entry.dtype]
-    file.seek(entry.offset)
-    if isinstance(out, np.ndarray) and out.dtype == stored and out.flags.c_contiguous:
-        _read_exactly(file, memoryview(out).cast("B"), entry)
-        return 0
-    overflowed = 0
-    row = stored.itemsize * (entry.size // max(1, entry.shape[0]))
-    rows = max(1, len(scratch) // max(1, row))
-    for start in range(0, entry.shape[0], rows):
-        part = out[start : start + rows]
-        raw = scratch[: part.shape[0] * row]
-        _read_exactly(file, raw, entry)
-        overflowed += device.cast(np.frombuffer(raw, stored), entry.dtype, part)
-    return overflowed
-
-
-def _read_exactly(file: BinaryIO, out: memoryview, entry: TensorEntry) -> None:
+def _read_exactly(file: BinaryIO, entry: TensorEntry, out: memoryview) -> None:
+    """Fills `out` with the tensor's next bytes."""
     while out.nbytes:
         count = file.readinto(out)
         if not count:
@@ -253,7 +274,7 @@ def fill_random(slots: Iterable[Slot], config: GPT2Config, device: Device, dtype
         spread = 0.02
         if ".projection." in slot.name or ".down." in slot.name:
             spread /= (2 * config.n_layer) ** 0.5
-        rows = max(1, _CHUNK // 4 // max(1, slot.stored_shape[-1] if len(slot.shape) > 1 else 1))
+        rows = max(1, CHUNK // 4 // max(1, slot.stored_shape[-1] if len(slot.shape) > 1 else 1))
         for start in range(0, view.shape[0], rows):
             part = view[start : start + rows]
             if len(slot.shape) > 1:

@@ -11,7 +11,6 @@ from kinds import both, every_kind, numpy_kinds
 from truth import ACTIVATIONS, Kind, bound, check, host, true_attention
 
 import gpukernels
-from gpukernels import cast
 from gpukernels.numpy_ops.attention import _QUERIES as QUERIES
 from gpukernels.numpy_ops.attention import _SCORES as SCORES
 from gpukernels.numpy_ops.blocks import BLOCK
@@ -224,42 +223,3 @@ def test_grouped_heads_splits_and_permutations(new, old, groups, split, seed):
     first = gpukernels.attention(q[:, :split], k, v, lengths=np.maximum(lengths - (new - split), 0))
     second = gpukernels.attention(q[:, split:], k, v, lengths=lengths)
     assert (abs(np.concatenate((first, second), 1) - whole) <= limit).all()
-
-
-BITS = np.arange(2**16, dtype=np.uint16)
-TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@pytest.mark.parametrize("size", [0, 1, cast._CHUNK - 1, cast._CHUNK, cast._CHUNK + 1, 2**16])
-@pytest.mark.parametrize("mask", [0xFFFF, 0xBFFF], ids=["all", "finite"])  # a chunk with an infinity goes another way
-def test_widen_float16_for_every_bit_pattern(size, mask):
-    bits, out = np.roll(BITS, -size)[:size] & np.uint16(mask), np.full(size, 9, np.float32)
-    cast.widen_float16(bits.view(np.float16), out)
-    want = torch.from_numpy(bits.view(np.int16)).view(torch.float16).float().numpy()
-    np.testing.assert_array_equal(out, want)
-    np.testing.assert_array_equal(np.signbit(out)[~np.isnan(want)], np.signbit(want)[~np.isnan(want)])
-
-
-def float32_samples():
-    """Any bit patterns, and what lies at and beside the middle between two float16 numbers."""
-    numbers = BITS[:0x7C01].view(np.float16).astype(np.float32)
-    numbers[-1] = 2**16  # the number that would follow the largest
-    middles = (numbers[:-1] + numbers[1:]) / 2
-    beside = [np.nextafter(middles, np.float32(to)) for to in (0, 1e9)]
-    random = np.random.default_rng(0).integers(0, 2**32, 2**16, np.uint32).view(np.float32)
-    return np.concatenate([random, middles, -middles, *beside])
-
-
-@pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_cast_for_every_pair_of_formats(format, dtype, transposed):
-    """torch judges: its conversions round to nearest, ties to even, and become infinite from 65520 on."""
-    source = float32_samples() if format == "F32" else BITS.view(cast.FORMATS[format])
-    values = torch.from_numpy(source.view(np.int32 if format == "F32" else np.int16)).view(TORCH[format]).reshape(-1, 2)
-    want = values.to(getattr(torch, dtype))
-    out = np.empty(tuple(values.shape[:: -1 if transposed else 1]), dtype)
-    out = out.T if transposed else out
-    overflows = cast.cast(source, format, out)
-    np.testing.assert_array_equal(out, want.numpy())
-    assert overflows == int((want.isinf() & values.isfinite()).sum())

@@ -15,8 +15,8 @@ _REBIAS = np.float32(2.0**112)
 _SIGN_EXPONENT_MANTISSA = np.int32(~0x7000_0000)
 _EXPONENT = np.int16(0x7C00)
 
-# Elements widened at a time: 128 KiB of float32 stay in a core's cache between the three passes.
-_CHUNK = 32768
+# Elements at a time: 128 KiB of float32 stay in a core's cache between the three passes.
+CHUNK = 32768
 
 
 def widen_float16(source: np.ndarray, out: np.ndarray) -> None:
@@ -26,8 +26,8 @@ def widen_float16(source: np.ndarray, out: np.ndarray) -> None:
     """
     source, out = source.reshape(-1), out.reshape(-1)
     bits, result = source.view(np.int16), out.view(np.int32)
-    for start in range(0, source.size, _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, source.size, CHUNK):
+        part = slice(start, start + CHUNK)
         if (bits[part] & _EXPONENT).max() == _EXPONENT:  # an infinity or a NaN
             np.copyto(out[part], source[part])
             continue
@@ -37,8 +37,20 @@ def widen_float16(source: np.ndarray, out: np.ndarray) -> None:
         np.multiply(out[part], _REBIAS, out=out[part])
 
 
-def cast(source: np.ndarray, format: str, out: np.ndarray) -> int:
-    """Writes checkpoint values into `out`; returns how many finite ones became infinite.
+def widened(source: np.ndarray, format: str) -> np.ndarray:
+    """Checkpoint values, contiguous, as float32: exactly, and `source` itself where it is that already."""
+    if format == "F32":
+        return source
+    out = np.empty(source.shape, np.float32)
+    if format == "BF16":
+        np.left_shift(source, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        widen_float16(source, out)
+    return out
+
+
+def cast(source: np.ndarray, format: str, out: np.ndarray) -> None:
+    """Writes checkpoint values into `out`; those too large for it become infinite.
 
     Args:
         source: the values as `FORMATS[format]`, contiguous.
@@ -47,14 +59,24 @@ def cast(source: np.ndarray, format: str, out: np.ndarray) -> int:
     """
     source = source.reshape(out.shape)
     if format == "BF16":
-        wide = source.astype(np.uint32)
-        np.left_shift(wide, 16, out=wide)
-        source = wide.view(np.float32)
+        source = widened(source, format)
     if out.dtype == np.float32 and source.dtype == np.float16 and out.flags.c_contiguous:
         widen_float16(source, out)
-        return 0
+        return
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         np.copyto(out, source, casting="same_kind")
-    if out.dtype != np.float16 or source.dtype == np.float16:
-        return 0
-    return int(np.isinf(out).sum() - np.isinf(source).sum())
+
+
+def round_to(values: np.ndarray, dtype: str) -> None:
+    """Rounds float32 `values`, contiguous, in place to numbers of `dtype`: "float32", "float16" or "bfloat16"."""
+    values = values.reshape(-1)
+    for start in range(0, values.size if dtype != "float32" else 0, CHUNK):
+        part = values[start : start + CHUNK]
+        if dtype == "float16":
+            with np.errstate(over="ignore", under="ignore"):
+                widen_float16(part.astype(np.float16), part)
+            continue
+        number, bits = ~np.isnan(part), part.view(np.uint32)
+        # Half of what the kept bits count in, less one where that makes a tie even. A carry is right, too.
+        rounded = bits + (((bits >> 16) & 1) + 0x7FFF)
+        np.copyto(bits, rounded & np.uint32(0xFFFF_0000), where=number)
