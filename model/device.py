@@ -108,7 +108,7 @@ class NumpyDevice:
         return HostUpload(self.cast, dtype=dtype, audit=audit)
 
     def how_it_loads(self) -> str:
-        return "read straight into the parameters, or by 4 MiB and cast by NumPy"
+        return "read straight into place, or 4 MiB at a time and cast by NumPy"
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, copy=False)
@@ -177,8 +177,11 @@ class TorchDevice:
 
     def how_it_loads(self) -> str:
         if self._casts_on_device:
-            return "two pinned buffers, cast on the device by CuPy"
-        return "by 4 MiB and cast by torch" + "; with CuPy installed, cast on the device" * self.asynchronous
+            return "read into two pinned buffers in turn and cast on the device by CuPy"
+        return (
+            "read 4 MiB at a time and cast by torch"
+            + "; CuPy, which is not installed, would stream" * self.asynchronous
+        )
 
     def to_host(self, array: Any) -> np.ndarray:
         return array.detach().float().cpu().numpy()

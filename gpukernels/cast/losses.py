@@ -100,14 +100,13 @@ def _count(values: np.ndarray, source_normal: int, to: _Range) -> Losses:
     counts = {}
     if smallest < to.rounds_to_normal or largest >= to.infinite:
         finite = magnitude < 0x7F80_0000
-        counts = {
-            "nonfinite": values.size - np.count_nonzero(finite),
-            "overflowed": np.count_nonzero((magnitude >= to.infinite) & finite),
-            "underflowed": np.count_nonzero((magnitude > 0) & (magnitude <= to.zero)),
-            "subnormal": np.count_nonzero(
-                (magnitude > to.zero) & (magnitude >= source_normal) & (magnitude < to.rounds_to_normal)
-            ),
+        kinds = {
+            "nonfinite": ~finite,
+            "overflowed": (magnitude >= to.infinite) & finite,
+            "underflowed": (magnitude > 0) & (magnitude <= to.zero),
+            "subnormal": (magnitude > to.zero) & (magnitude >= source_normal) & (magnitude < to.rounds_to_normal),
         }
+        counts = {kind: int(np.count_nonzero(places)) for kind, places in kinds.items()}
     if smallest < to.normal or largest >= to.infinite:
         distance[(magnitude < to.normal) | (magnitude >= to.infinite)] = 0
     # Both in units of the value's last place: whole numbers below 2^24, so only the division rounds.

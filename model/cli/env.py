@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.cli.options import Json
-from model.device import why_no_cuda
+from model.device import choose_device, why_no_cuda
 
 _PACKAGES = (
     "gpukernels",
@@ -45,6 +45,7 @@ def env(as_json: Json = False) -> None:
         "device_auto": "cpu" if reason else "cuda",
         "runs": runs,
         "why": why,
+        "loads": choose_device("auto").how_it_loads(),
     }
     if as_json:
         print(json.dumps(document))
@@ -58,6 +59,7 @@ def env(as_json: Json = False) -> None:
         table.add_row(f"cuda:{number}", gpu)
     table.add_row("device=auto runs", runs)
     table.add_row("because", why)
+    table.add_row("weights are", document["loads"])
     Console(highlight=False).print(table)
 
 

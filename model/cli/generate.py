@@ -17,6 +17,7 @@ from model.files import read_json
 from model.generate import Generation
 from model.language_model import LanguageModel, load
 from model.load import BUNDLED
+from model.memory import human
 from model.prompts import few_shot
 
 # A file smaller than this is read before a bar could be seen.
@@ -76,6 +77,9 @@ def generate(
     )
     for notice in lm.notices:
         console.print(f"note: {notice}", soft_wrap=True)
+    if lm.filled.nbytes >= _WORTH_A_BAR:
+        rate = f"{lm.filled.gigabytes_per_second:.2f} GB/s"
+        console.print(f"[loaded {human(lm.filled.nbytes)}, {rate}]", style="dim")
 
     stops = list(stop or ())
     if few_shot_file is not None:

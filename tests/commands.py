@@ -1,0 +1,43 @@
+"""The `gpukernels` command in the test's own process."""
+
+import io
+import sys
+
+import pytest
+
+from model.cli.app import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command in this process: its exit code, standard output, and standard error."""
+
+    def go(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpukernels", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        else:
+            code = 0
+        out, err = capsys.readouterr()
+        return int(code or 0), out, err
+
+    return go
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that is a mistake; the lines that say so."""
+
+    def go(*arguments: str, stdin: bytes | None = None, lines: int | None = 1) -> list[str]:
+        code, out, err = run(*arguments, stdin=stdin)
+        found = err.splitlines()
+        assert (code, out) == (2, "")
+        assert all(line.startswith("error: ") and line.isprintable() for line in found)
+        assert found if lines is None else len(found) == lines
+        return found
+
+    return go
