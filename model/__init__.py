@@ -15,6 +15,7 @@ from model.errors import (
     HubError,
     LoadNotice,
     ModelError,
+    OutOfMemoryError,
     TokenizerError,
 )
 from model.generate import Generation
@@ -36,6 +37,7 @@ __all__ = [
     "LanguageModel",
     "LoadNotice",
     "ModelError",
+    "OutOfMemoryError",
     "Parameters",
     "Prompt",
     "Sampling",

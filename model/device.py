@@ -69,6 +69,9 @@ class Device(Protocol):
     def how_it_loads(self) -> str:
         """One sentence on the way that `upload` takes."""
 
+    def free_bytes(self) -> int | None:
+        """Memory of a GPU that can still be had; None on the host, which `model.room` asks."""
+
     def to_host(self, array: Any) -> np.ndarray:
         """The values as a float32 array on the host."""
 
@@ -109,6 +112,9 @@ class NumpyDevice:
 
     def how_it_loads(self) -> str:
         return "read straight into place, or 4 MiB at a time and cast by NumPy"
+
+    def free_bytes(self) -> None:
+        return None
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array.astype(np.float32, copy=False)
@@ -183,6 +189,14 @@ class TorchDevice:
             + "; CuPy, which is not installed, would stream" * self.asynchronous
         )
 
+    def free_bytes(self) -> int | None:
+        if not self.asynchronous:
+            return None
+        cuda = self._torch.cuda
+        free, _ = cuda.mem_get_info(self.device)
+        # What torch keeps of freed tensors is as good as free.
+        return free + cuda.memory_reserved(self.device) - cuda.memory_allocated(self.device)
+
     def to_host(self, array: Any) -> np.ndarray:
         return array.detach().float().cpu().numpy()
 
@@ -226,6 +240,11 @@ def choose_dtype(dtype: Any, device: Device, stored: str | None = None) -> str:
     if name == "bfloat16" and isinstance(device, NumpyDevice):
         raise DeviceError("dtype bfloat16 needs a torch device: NumPy has no such type; use float16 or float32")
     return name
+
+
+def sees_gpu() -> bool:
+    """Whether the driver sees a GPU; asks nothing of torch, which `why_no_cuda` does then."""
+    return bool(_driver_devices())
 
 
 def why_no_cuda() -> str | None:

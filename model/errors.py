@@ -35,6 +35,10 @@ class ContextError(ModelError):
     """More tokens than the model has positions for."""
 
 
+class OutOfMemoryError(ModelError):
+    """More memory than is free: refused before it was asked for, or found out while it was used."""
+
+
 class LoadNotice(UserWarning):
     """Something about a checkpoint that loads, which its user should know."""
 

@@ -25,7 +25,12 @@ _WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks th
 def can_capture(parameters: Parameters, config: GPT2Config) -> bool:
     """Whether a step of this model can be a graph: on CUDA, where every op of it is a kernel."""
     on_cuda = parameters.device.name.startswith("cuda")
-    return on_cuda and importlib.util.find_spec("triton") is not None and config.head_width <= _WIDEST
+    return on_cuda and importlib.util.find_spec("triton") is not None and is_capturable(config)
+
+
+def is_capturable(config: GPT2Config) -> bool:
+    """Whether it could be one on a machine that has what it takes."""
+    return config.head_width <= _WIDEST
 
 
 class GraphDecoder(Decoder):

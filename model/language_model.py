@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,16 +11,21 @@ from model import gpt2
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
 from model.decoder import Decoder
-from model.device import choose_device, choose_dtype
+from model.device import Device, choose_device, choose_dtype
 from model.errors import ConfigError, ContextError, LoadNotice, ModelError
 from model.generate import Generation, Row, run
 from model.graph import GraphDecoder, can_capture
 from model.load import Filled, fill, fill_random, locate, plan
+from model.memory import LOADING, Ledger, logits_needs, place_of, predict, weight_bytes
 from model.parameters import Parameters
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
+from model.room import explained, require, room_for
 from model.sampling import Sampling
 from model.save import save
 from model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from model.footprint import MemoryReport
 
 
 def load(
@@ -74,7 +79,9 @@ def load(
     planned = plan(path)
     tokenizer = Tokenizer.from_folder(planned.folder)
     eos = generation_eos(planned.folder)
-    filled = fill(planned, place, choose_dtype(dtype, place, planned.stored), progress)
+    chosen = choose_dtype(dtype, place, planned.stored)
+    with _room_for_weights(place, planned.config, chosen, str(source), head=planned.own_head):
+        filled = fill(planned, place, chosen, progress)
     notices = planned.notices + filled.notices
     if tokenizer is not None:
         notices += vocabulary_notices(tokenizer, planned.config.vocab_size)
@@ -100,14 +107,22 @@ def from_config(
     The weights are drawn as GPT-2's were: N(0, 0.02), residual projections over sqrt(2 L). It has no
     tokenizer: prompts are token ids.
     """
+    name = config if isinstance(config, str) else "a model of this config"
     if isinstance(config, str):
         if config not in PRESETS:
             raise ConfigError(f"{config!r} is not a preset: there are {', '.join(PRESETS)}")
         config = PRESETS[config]
     place = choose_device(device)
     dtype = choose_dtype(dtype, place)
-    parameters = fill_random(gpt2.slots(config), config, place, dtype, seed)
+    with _room_for_weights(place, config, dtype, name):
+        parameters = fill_random(gpt2.slots(config), config, place, dtype, seed)
     return LanguageModel(config, parameters)
+
+
+def _room_for_weights(place: Device, config: GPT2Config, dtype: str, name: str, *, head: bool | None = None):
+    needs = {"weights": weight_bytes(config, dtype, head=head), "buffers": LOADING}
+    half = "float16 takes half" if dtype == "float32" else "use a smaller model, or another device"
+    return room_for(place, needs, f"{name} as {dtype}", half)
 
 
 class LanguageModel:
@@ -163,10 +178,11 @@ class LanguageModel:
         new = ids.shape[1]
         if new > self.config.n_positions:
             raise ContextError(f"ids have {new} tokens, but the model has {self.config.n_positions} positions")
-        device = self.parameters.device
-        positions = device.indices(np.broadcast_to(np.arange(new), ids.shape))
-        x = gpt2.hidden_states(self.parameters, self.config, device.indices(ids), positions)
-        return device.to_host(gpt2.unembed(self.parameters, self.config, x))
+        device, needs = self.parameters.device, logits_needs(self._ledger(1, 1), ids.size)
+        with room_for(device, needs, f"logits of {ids.shape[0]} x {new} tokens", "give fewer rows, or shorter ones"):
+            positions = device.indices(np.broadcast_to(np.arange(new), ids.shape))
+            x = gpt2.hidden_states(self.parameters, self.config, device.indices(ids), positions)
+            return device.to_host(gpt2.unembed(self.parameters, self.config, x))
 
     def generate(
         self,
@@ -273,6 +289,27 @@ class LanguageModel:
             folder=self._folder,
         )
 
+    def memory(self, *, batch: int = 1, context: int | None = None, measure: bool = False) -> "MemoryReport":
+        """What generating takes: predicted, measured if asked, and what is free.
+
+        Args:
+            batch, context: rows, and the tokens of each; default all positions.
+            measure: generate so much in a process of its own, with random weights of this model's shape, on
+                this model's device and in its dtype: it takes the predicted memory once more.
+        """
+        from model.footprint import report
+
+        context = self.config.n_positions if context is None else context
+        require_count("batch", batch)
+        require_count("context", context)
+        if context > self.config.n_positions:
+            raise ContextError(f"context must be 1 to {self.config.n_positions}, the model's positions, got {context}")
+        return report(self, self._ledger(batch, context), measure=measure)
+
+    def _ledger(self, batch: int, context: int) -> Ledger:
+        place, head = place_of(self.parameters.device), "head.weight" in self.parameters
+        return predict(self.config, self.parameters.dtype, place, head=head, batch=batch, context=context)
+
     def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
         rows, limits = request.rows, request.limits
         slots = min(batch_size, len(rows))
@@ -280,21 +317,28 @@ class LanguageModel:
             return
         slides = limits.overflow == "slide"
         capacity = limits.positions if slides else max(row.positions_needed for row in rows)
-        decoder = self._decoder(slots, capacity)
-        try:
-            yield from run(decoder, rows, slots=slots, limits=limits)
-        finally:
-            self._give_back(decoder)
+        device, needs = self.parameters.device, self._ledger(slots, capacity).needs
+        what, remedy = f"generating {slots} rows of up to {capacity} tokens", "reduce batch_size, or the tokens"
+        with explained(device, needs, what, remedy):
+            decoder = self._idle_decoder(slots)
+            if decoder is None:
+                require(device, needs, what, remedy)
+                decoder = self._decoder(slots, capacity)
+            try:
+                yield from run(decoder, rows, slots=slots, limits=limits)
+            finally:
+                self._give_back(decoder)
+
+    def _idle_decoder(self, rows: int) -> Decoder | None:
+        # One with its graphs is kept from call to call; a call beside another has its own.
+        idle, self._idle = self._idle, None
+        return idle if idle is not None and idle.rows >= rows else None
 
     def _decoder(self, rows: int, capacity: int) -> Decoder:
         # What the tokenizer has no text for is padding of the table: never chosen.
         known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
         if not can_capture(self.parameters, self.config):
             return Decoder(self.parameters, self.config, rows=rows, capacity=capacity, vocabulary=known)
-        # One with its graphs is kept from call to call; a call beside another has its own.
-        idle, self._idle = self._idle, None
-        if idle is not None and idle.rows >= rows:
-            return idle
         positions = self.config.n_positions
         return GraphDecoder(self.parameters, self.config, rows=rows, capacity=positions, vocabulary=known)
 

@@ -46,6 +46,11 @@ class Plan:
         return self.source.parent if self.source.is_file() else self.source
 
     @property
+    def own_head(self) -> bool:
+        """Whether the output matrix is one of its own, and not the token table."""
+        return "head.weight" in self.entries
+
+    @property
     def stored(self) -> str:
         """The dtype of the checkpoint's largest tensor."""
         return max(self.entries.values(), key=lambda entry: entry.nbytes).dtype

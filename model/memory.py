@@ -1,25 +1,108 @@
-"""How much memory a model takes, from its shape alone."""
+"""How much memory a model takes, from its shape alone: what is allocated, line by line.
 
+    ledger = predict(PRESETS["gpt2"], "float16", "cuda", batch=8)
+
+`model.footprint` measures the same, and `model.room` says what is free.
+"""
+
+import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from model import gpt2
 from model.config import GPT2Config
-from model.device import WIDTHS
+from model.decoder import CHUNK
+from model.device import WIDTHS, Device, NumpyDevice, sees_gpu
+from model.graph import is_capturable
+from model.parameters import padded_sizes
+
+#: Whose memory: NumPy's, that of plain torch on the CPU, or a GPU's.
+Place = Literal["numpy", "torch", "cuda"]
+
+_MIB = 2**20
+
+# A product packs blocks of both matrices: OpenBLAS's for float32 on AVX-512 are 448 wide and high, and a sum of
+# up to two of them is split in halves. Measured with OpenBLAS 0.3.30, 1 and 2 threads, 2026-11-27: within 0.1 MB.
+_BLAS_BLOCK = 448
+_BLOCK = 65536  # elements of an activation at a time, and as many beside them: gpukernels/numpy_ops
+_QUERIES, _SCORES = 128, 65536  # of attention at a time; the scores at least, where there are so many
+_WIDENED = 262144  # float16 weights that are widened at a time
+_CODE = 10**6  # pages of NumPy's and BLAS's code that the first use brings in, about (measured, same date)
+
+# Decode attention's partial results of one row, of all heads together: about one for each multiprocessor of an
+# H100; see gpukernels/kernels/attention/decode.py.
+_PARTIALS = 132
+
+# torch's caching allocator asks CUDA for multiples of 2 MiB, for 20 MiB where a tensor has 1 to 10, and for
+# 2 MiB where it has less (c10/cuda/CUDACachingAllocator).
+_SEGMENT, _LARGE_POOL = 2 * _MIB, 20 * _MIB
+#: Buffers while weights are loaded: on a GPU what `gpukernels.cast.upload` stages, more than the host's own.
+LOADING = 16 * _MIB
+
+#: What counting what fits sets aside on a GPU for CUDA's context and the code of kernels: an allowance, as it
+#: depends on GPU and driver. `model.footprint` measures it.
+CONTEXT_ALLOWANCE = 10**9
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes by what they are for; `kv_cache` and `logits` for one sequence of `context` tokens."""
+class Ledger:
+    """Bytes by what they are for, while `batch` sequences of `context` tokens are computed.
 
+    Attributes:
+        dtype: of the weights.
+        weights: with the padded rows of token tables, and each parameter's alignment.
+        kv_cache: keys and values. Captured decoding on CUDA has room for all of the model's positions,
+            whatever the context is; NumPy keeps float32.
+        activations: what stands between the ops where it is most, in the prefill of one row.
+        logits: of the position of each row that is unembedded.
+        workspace: what the ops keep beside that: on the CPU BLAS's packed blocks, attention's scores, widened
+            weights; on CUDA the partial results of decode attention.
+        slack: what torch's allocator holds on to beyond what it was asked for; a guess from its rules.
+    """
+
+    place: Place
     dtype: str
+    batch: int
     context: int
     weights: int
     kv_cache: int
+    activations: int
     logits: int
+    workspace: int
+    slack: int
 
     @property
-    def total(self) -> int:
-        return self.weights + self.kv_cache + self.logits
+    def beside_weights(self) -> int:
+        """What generation takes beside the loaded model."""
+        return self.kv_cache + self.activations + self.logits + self.workspace + self.slack
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """What generation must be able to have beside the loaded model, by what it is for; slack is no need."""
+        return {
+            "KV cache": self.kv_cache,
+            "activations": self.activations,
+            "logits": self.logits,
+            "workspace": self.workspace,
+        }
+
+    @property
+    def peak(self) -> int:
+        """The most at any time; on CUDA without its context, which is there before the first byte."""
+        return self.weights + self.beside_weights
+
+
+def likely_place() -> Place:
+    """Where "auto" would put a model, without asking torch."""
+    return "cuda" if sees_gpu() else "numpy"
+
+
+def place_of(device: Device) -> Place:
+    if isinstance(device, NumpyDevice):
+        return "numpy"
+    return "cuda" if device.name.startswith("cuda") else "torch"
 
 
 def parameter_count(config: GPT2Config, *, head: bool | None = None) -> int:
@@ -27,20 +110,109 @@ def parameter_count(config: GPT2Config, *, head: bool | None = None) -> int:
     return sum(slot.size for slot in gpt2.slots(config, head=head))
 
 
-def predict(config: GPT2Config, dtype: str, *, head: bool | None = None, context: int | None = None) -> Memory:
-    """The memory of one sequence with weights, keys and values in `dtype`.
+def weight_bytes(config: GPT2Config, dtype: str, *, head: bool | None = None) -> int:
+    """The bytes of the parameters' one allocation."""
+    return sum(padded_sizes(gpt2.slots(config, head=head))) * WIDTHS[dtype]
 
-    The logits are float32, of the one position that decoding unembeds. On NumPy keys and values are
-    float32 whatever the weights are.
+
+def predict(
+    config: GPT2Config,
+    dtype: str,
+    place: Place,
+    *,
+    head: bool | None = None,
+    batch: int = 1,
+    context: int | None = None,
+) -> Ledger:
+    """The memory of a model with weights in `dtype`, and of `batch` sequences of `context` tokens.
+
+    Args:
+        head: whether it has an output matrix of its own; default as the config says.
+        context: tokens of a row, prompt and answer; default all positions.
     """
     context = config.n_positions if context is None else context
-    return Memory(
-        dtype=dtype,
-        context=context,
-        weights=parameter_count(config, head=head) * WIDTHS[dtype],
-        kv_cache=2 * config.n_layer * context * config.n_embd * WIDTHS[dtype],
-        logits=config.vocab_size * 4,
-    )
+    width = 4 if place == "numpy" else WIDTHS[dtype]  # of what is computed
+    captured = place == "cuda" and is_capturable(config)
+    positions = config.n_positions if captured else context
+    tokens = min(context, CHUNK)
+    vocabulary = math.ceil(config.vocab_size / 64) * 64
+    ledger = {
+        "weights": weight_bytes(config, dtype, head=head),
+        "kv_cache": 2 * config.n_layer * batch * positions * config.n_embd * width,
+        "activations": max(tokens, batch) * _live(config) * width,
+        "logits": batch * vocabulary * width,
+    }
+    workspace = slack = 0
+    if place == "cuda":
+        tensors = (ledger["weights"], ledger["kv_cache"] // 2, ledger["kv_cache"] // 2)
+        workspace = batch * _PARTIALS * (config.head_width + 2) * 4
+        slack = sum(-size % _SEGMENT for size in tensors) + _LARGE_POOL + _SEGMENT + LOADING  # which it keeps
+    else:
+        workspace = _host_workspace(config, tokens, context, narrow=place == "numpy" and dtype != "float32")
+    return Ledger(place, dtype, batch, context, **ledger, workspace=workspace, slack=slack)
+
+
+def _host_workspace(config: GPT2Config, tokens: int, context: int, *, narrow: bool) -> int:
+    """Of `tokens` rows of a prefill over `context` keys on the CPU; `narrow` weights are widened as they are used."""
+    width, hidden = config.n_embd, config.feed_forward_width
+    depth = hidden if hidden <= _BLAS_BLOCK else min(hidden // 2, _BLAS_BLOCK)
+    blas = (tokens + _threads() * min(hidden, _BLAS_BLOCK)) * depth
+    queries = min(tokens, _QUERIES)
+    scores = min(max(_SCORES, queries * context), config.n_head * queries * context)
+    elements = blas + scores + 2 * min(_BLOCK, tokens * hidden)
+    if narrow:  # a block as it is stored (half as wide), widened, and its product
+        block = min(_WIDENED, width * hidden)
+        elements += block * 3 // 2 + tokens * min(hidden, _WIDENED // width)
+    return _CODE + 4 * elements
+
+
+def _threads() -> int:
+    """Of OpenBLAS, as it decides itself."""
+    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    return min(int(asked), os.cpu_count() or 1) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
+
+
+def logits_needs(ledger: Ledger, tokens: int) -> dict[str, int]:
+    """What `LanguageModel.logits` takes, which computes all tokens at once; `ledger` is that of one token."""
+    return {
+        "activations": tokens * ledger.activations,
+        "logits": tokens * ledger.logits,
+        "workspace": ledger.workspace,
+    }
+
+
+def _live(config: GPT2Config) -> int:
+    """Numbers a token that live at once in the second half of a block, which is where most do.
+
+    The block's input and what attention added to it, queries, keys and values, attention's result, the normed
+    input of the product, and the product. The only block of a model has just the last position there.
+    """
+    return 5 * config.n_embd if config.n_layer == 1 else 7 * config.n_embd + config.feed_forward_width
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number from 0 to `limit` that fits, where every smaller one does too."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+_MOST_ROWS = 2**20
+
+
+def largest(ledger: Ledger, config: GPT2Config, nbytes: int, *, head: bool | None = None) -> tuple[int, int]:
+    """What fits into so many bytes: the largest batch at the ledger's context, the longest context at its batch.
+
+    0 where not even one does. A context ends where the model's positions do.
+    """
+
+    def fits(batch: int, context: int) -> bool:
+        return predict(config, ledger.dtype, ledger.place, head=head, batch=batch, context=context).peak <= nbytes
+
+    batch = most(lambda batch: fits(batch, ledger.context), _MOST_ROWS)
+    return batch, most(lambda context: fits(ledger.batch, context), config.n_positions)
 
 
 def human(nbytes: int) -> str:

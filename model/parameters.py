@@ -33,6 +33,11 @@ class Slot:
 _ALIGNMENT = 64  # elements: 128 bytes at least, what wide loads of any device ask for
 
 
+def padded_sizes(slots: Iterable[Slot]) -> list[int]:
+    """Elements of memory that each parameter takes, its padding and what aligns the next one counted."""
+    return [-(-math.prod(slot.padded_shape) // _ALIGNMENT) * _ALIGNMENT for slot in slots]
+
+
 class Parameters(MutableMapping):
     """The parameters by name ("blocks.0.qkv.weight"); products are (out, in).
 
@@ -51,7 +56,7 @@ class Parameters(MutableMapping):
         self.blocks: list[dict] = []
         self._arrays = {}
         # One allocation: the whole of it lies in the system's large pages, which reading it through needs.
-        sizes = [-(-math.prod(slot.padded_shape) // _ALIGNMENT) * _ALIGNMENT for slot in self.slots.values()]
+        sizes = padded_sizes(self.slots.values())
         memory, start = device.empty((sum(sizes),), dtype), 0
         for slot, size in zip(self.slots.values(), sizes, strict=True):
             array = memory[start : start + slot.size].reshape(slot.shape)

@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from model.cli import check, demo, env, generate, info
+from model.cli import check, demo, env, generate, info, memory
 from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("check")(check.check)
+app.command("memory")(memory.memory)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 

@@ -15,7 +15,7 @@ from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
 from model.device import choose_device
 from model.errors import ModelError
 from model.load import Plan, locate, plan
-from model.memory import human, predict
+from model.memory import human, likely_place, predict
 
 
 def check(
@@ -44,7 +44,11 @@ def check(
     path = locate(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, refresh=refresh)
     report = preflight.check(path)
     planned = report.plan
-    memory = [] if planned is None else [predict(planned.config, dtype) for dtype in ("float32", "float16")]
+    memory = (
+        []
+        if planned is None
+        else [predict(planned.config, dtype, likely_place(), head=planned.own_head) for dtype in ("float32", "float16")]
+    )
     found = _audited(planned, dtype) if with_audit and not report.problems else None
     if as_json:
         document = {
@@ -53,7 +57,7 @@ def check(
             "ok": not report.problems,
             "problems": report.problems,
             "notices": report.notices,
-            "memory": {each.dtype: each.total for each in memory},
+            "memory": {each.dtype: each.peak for each in memory},
         }
         print(json.dumps(document | ({"audit": _document(found)} if found else {})))
     else:
@@ -62,7 +66,7 @@ def check(
         for notice in report.notices:
             print(f"note: {notice}")
         if not report.problems:
-            sizes = ", ".join(f"{human(each.total)} as {each.dtype}" for each in memory)
+            sizes = ", ".join(f"{human(each.peak)} as {each.dtype}" for each in memory)
             print(f"ok: {path}: {len(planned.entries)} tensors fit the config; one sequence takes {sizes}")
         if found:
             _show(found)

@@ -13,7 +13,7 @@ from model import gpt2
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
 from model.config import PRESETS
 from model.load import locate, plan
-from model.memory import human, parameter_count, predict
+from model.memory import human, likely_place, parameter_count, predict
 
 
 def info(
@@ -47,7 +47,7 @@ def info(
         )
     head = any(slot.name == "head.weight" for slot in slots)
     count = parameter_count(config, head=head)
-    memory = [predict(config, dtype, head=head) for dtype in ("float32", "float16")]
+    memory = [predict(config, dtype, likely_place(), head=head) for dtype in ("float32", "float16")]
     if as_json:
         document = {
             "model": model,
@@ -55,7 +55,7 @@ def info(
             "config": asdict(config),
             "parameters": count,
             "stored_dtype": stored,
-            "memory": [asdict(each) | {"total": each.total} for each in memory],
+            "memory": [asdict(each) | {"peak": each.peak} for each in memory],
             "tensors": [{"name": slot.name, "checkpoint_name": slot.source, "shape": slot.shape} for slot in slots],
             "notices": notices,
         }
@@ -78,8 +78,8 @@ def info(
     rows = {
         "weights": [each.weights for each in memory],
         f"keys and values, {config.n_positions} tokens": [each.kv_cache for each in memory],
-        "logits": [each.logits for each in memory],
-        "total": [each.total for each in memory],
+        "activations, logits, workspace": [each.beside_weights - each.kv_cache for each in memory],
+        "peak": [each.peak for each in memory],
     }
     for name, values in rows.items():
         table.add_row(name, *map(human, values))
