@@ -8,8 +8,10 @@ is there, so a download that breaks off never stands for the model.
 """
 
 import contextlib
+import json
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ def fetch(
     token: str | bool | None = None,
     refresh: bool = False,
     progress: bool = True,
+    outline: Path | None = None,
 ) -> Path:
     """The folder in the Hub's cache with config, weights and tokenizer of `name`, downloaded if they are not there.
 
@@ -48,10 +51,12 @@ def fetch(
         token: an access token; True for the stored one, False for none, None for the stored one if there is one.
         refresh: ask the Hub which commit the revision is now, although it is cached.
         progress: show the client's progress bars.
+        outline: an empty folder, for a look at a model that is not cached: instead of its weights come their
+            headers, with nothing behind them (holes of the right size), beside copies of the other files.
 
     Returns:
-        The snapshot's folder, with the tokenizer files that the repository has. (Offline, they may be missing from
-        a snapshot that another program began.)
+        The snapshot's folder (or `outline`), with the tokenizer files that the repository has. (Offline, they may be
+        missing from a snapshot that another program began.)
 
     Raises:
         HubError: the model cannot be had, or its weights are not safetensors.
@@ -87,7 +92,10 @@ def fetch(
 
     def get(file: str) -> Path:
         with _one_sentence(where, cache, file):
-            return Path(hf_hub_download(name, file, revision=commit, cache_dir=cache, token=token, tqdm_class=bar))
+            if outline is not None and file.endswith(".safetensors"):
+                return _outline(name, file, commit, token, outline)
+            path = Path(hf_hub_download(name, file, revision=commit, cache_dir=cache, token=token, tqdm_class=bar))
+            return path if outline is None else Path(shutil.copyfile(path, outline / file))
 
     # Weights come last: by them, or by a shard of them, a download that broke off is known.
     folder = get(_CONFIG).parent
@@ -101,8 +109,27 @@ def fetch(
             raise HubError(f"{where}: {INDEX_NAME} names {lost[0]}, which the repository does not have")
         for file in shards:
             get(file)
-    _note(folder, revision, {_TOKENIZER, *_VOCABULARY} - files)
+    if outline is None:
+        _note(folder, revision, {_TOKENIZER, *_VOCABULARY} - files)
     return folder
+
+
+def _outline(name: str, file: str, commit: str, token: str | bool | None, folder: Path) -> Path:
+    """A safetensors file of the commit, of which only the header has been asked for."""
+    from huggingface_hub import HfApi
+
+    tensors = HfApi(token=token).parse_safetensors_file_metadata(name, file, revision=commit).tensors
+    header = {
+        key: {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": list(each.data_offsets)}
+        for key, each in tensors.items()
+    }
+    text = json.dumps(header).encode()
+    path = folder / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        written.truncate(8 + len(text) + max((each.data_offsets[1] for each in tensors.values()), default=0))
+    return path
 
 
 def _cached(name: str, revision: str, cache: Path) -> tuple[Path, list[str]]:
@@ -223,6 +250,7 @@ def _explain(chain: list[BaseException], where: str, cache: Path) -> str | None:
     login = "hf auth login, HF_TOKEN or token="
     no_hub = {"FileMetadataError", "JSONDecodeError", "UnsupportedProtocol", "InvalidURL", "TooManyRedirects"}
     cases = (
+        ("SafetensorsParsingError" in kinds, "its header is not one of safetensors: the file is damaged, or another"),
         ("HFValidationError" in kinds, "neither a file nor a Hub model, whose name is NAME or OWNER/NAME"),
         ("LocalTokenNotFoundError" in kinds, "token=True, but no token is stored: hf auth login, or HF_TOKEN"),
         (kinds & {"LocalProtocolError", "UnicodeEncodeError"}, "the token has a character that none has: a line end?"),

@@ -56,10 +56,20 @@ class Plan:
         return max(self.entries.values(), key=lambda entry: entry.nbytes).dtype
 
 
-def locate(source: str | Path, *, revision=None, cache_dir=None, local_files_only=False, token=None, refresh=False):
+def locate(
+    source: str | Path,
+    *,
+    revision=None,
+    cache_dir=None,
+    local_files_only=False,
+    token=None,
+    refresh=False,
+    outline: Path | None = None,
+):
     """The folder or file of a model: a path, the embedded model's name, or a name on the Hub.
 
-    What exists on disk comes first, then `tiny-gpt2`, then the Hub (its cache, then the network).
+    What exists on disk comes first, then `tiny-gpt2`, then the Hub (its cache, then the network). With `outline`,
+    an empty folder, a model that is not cached is not downloaded: see `model.hub.fetch`.
     """
     try:
         path = Path(source).expanduser()
@@ -84,6 +94,7 @@ def locate(source: str | Path, *, revision=None, cache_dir=None, local_files_onl
         local_files_only=local_files_only,
         token=token,
         refresh=refresh,
+        outline=outline,
     )
 
 

@@ -51,6 +51,7 @@ class FakeHub:
         self.renamed: dict[str, str] = {}
         self.requests: list[str] = []  # "GET /api/models/owner/name"
         self.authorizations: list[str | None] = []  # one for each request
+        self.sent: dict[str, int] = {}  # bytes of each file's bodies
         self.closing = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.server.hub = self
@@ -135,22 +136,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, body)
         if file not in files:
             return self.refuse(404, "EntryNotFound", commit=commit)
-        return self.send_file(files[file], commit, fault.kind if fault else None)
+        return self.send_file(file, files[file], commit, fault.kind if fault else None)
 
     do_HEAD = do_GET
 
-    def send_file(self, body: bytes, commit: str, fault: str | None) -> None:
+    def send_file(self, file: str, body: bytes, commit: str, fault: str | None) -> None:
         if fault == "blank":
             return self.answer(200, body)
         etag, size = hashlib.sha256(body).hexdigest(), len(body)
         headers = {"ETag": f'"{etag}"', "X-Linked-Size": str(size), "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        resumed = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        resumed = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         start = int(resumed[1]) if resumed else 0
+        stop = min(size, int(resumed[2]) + 1) if resumed and resumed[2] else size
         if resumed:
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        body = body[start:]
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        body = body[start:stop]
         if fault == "short":
             body = body[:-1]
+        if self.command == "GET":
+            self.server.hub.sent[file] = self.server.hub.sent.get(file, 0) + len(body)
         sent = (b"" if resumed else body[: len(body) // 2]) if fault == "cut" else None
         return self.answer(206 if resumed else 200, body, headers, sent)
 

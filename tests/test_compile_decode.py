@@ -57,3 +57,16 @@ def test_old_keys_and_values_are_loaded_before_the_wait(capability):
     early = [i for i, name in enumerate(listing[:wait]) if name.startswith("LDG.E.128")]
     assert len(early) == 8  # 64 keys and as many values of 128 bytes, 16 of them for each of 128 threads
     assert wait < trigger
+
+
+@pytest.mark.parametrize("names", [(), DRAWING], ids=["greedy", "drawn"])
+def test_what_a_row_counts_is_read_by_all_threads_before_one_writes_it(names):
+    """Between the loads of a row's length and step and their stores there is a barrier: no late warp reads the new."""
+    launches = record(lambda: step("gpt2", "float16", names=names), capability=90)
+    (launch,) = (each for each in launches if each.kernel == "_sample_kernel")
+    listing = launch.compiled.listing
+    counted = [i for i, name in enumerate(listing) if name == "STG.E"]
+    barrier = max(i for i in range(counted[0]) if listing[i].startswith("BAR"))
+    assert len(counted) == 1 + bool(names)
+    # One thread reads the step that it writes; nothing else of 4 bytes is loaded behind the barrier.
+    assert listing[barrier:].count("LDG.E") == bool(names)

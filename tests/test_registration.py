@@ -260,20 +260,6 @@ def test_compiled_whole_and_differentiated_with_any_gradient(name, layout):
         torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
 
 
-def test_an_update_in_place_is_compiled_whole():
-    def update(parameter, gradient, first, second, step, rate):
-        library.adamw(parameter, gradient, first, second, step=step, learning_rate=rate, weight_decay=0.1)
-        return parameter + first
-
-    compiled = torch.compile(update, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    runs = []
-    for run in (update, compiled):
-        arrays = [*(SINGLE.draw(20, seed=seed).abs() for seed in range(4)), SINGLE.ints([2]), SINGLE.draw(1)]
-        runs.append([run(*arrays), *arrays])
-    for eager, other in zip(*runs, strict=True):
-        torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
-
-
 def test_decode_attention_compiled_whole():
     (q, k, v, lengths, *_), *_ = (arguments for _, arguments in decode_attention_calls(SINGLE))
     compiled = torch.compile(library.decode_attention, fullgraph=True, backend="aot_eager")
@@ -313,13 +299,56 @@ PUBLIC = {
 }
 
 
+#: The same for ops that write into their arguments, by name.
+WRITING = {
+    "adamw": lambda: {
+        **{name: draw(20).abs() for name in ("parameter", "gradient", "first_moment", "second_moment")},
+        "step": SINGLE.ints([2]),
+        "learning_rate": draw(1),
+        "weight_decay": 0.1,
+    },
+    "cached_attention": lambda: {
+        **{name: draw(2, 1, 2, 16) for name in ("q", "k", "v")},
+        **{name: draw(2, 7, 2, 16) for name in ("keys", "values")},
+        "lengths": SINGLE.ints([3, 7]),
+        "arrivals": SINGLE.ints([[0, 0]] * 2),
+    },
+    "sample_embed": lambda: {
+        "logits": draw(2, 20),
+        "lengths": SINGLE.ints([3, 0]),
+        "weight": draw(20, 8),
+        "position_weight": draw(9, 8),
+        "x": draw(2, 1, 8),
+        "seen": SINGLE.ints([[0] * 20] * 2, "bool"),
+        "repetition_penalty": draw(2).abs(),
+    },
+}
+
+
 def draw(*shape):
     return SINGLE.draw(*shape)
 
 
-def test_every_public_op_is_compiled_below_or_above():
+def test_every_public_op_is_compiled():
     named = {name for name in gpukernels.__all__ if callable(getattr(gpukernels, name))}
-    assert named == {*PUBLIC, "adamw"}
+    assert named == {*PUBLIC, *WRITING}
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # dynamo's are
+@pytest.mark.parametrize("name", WRITING)
+def test_an_op_that_writes_is_compiled_whole(name):
+    def use(arguments):
+        return getattr(gpukernels, name)(**arguments), [each * 2 for each in arguments.values()]
+
+    compiled = torch.compile(use, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    given = WRITING[name]()
+    written, calls = [], []
+    for run in (use, compiled):
+        calls.append({key: each.clone() if hasattr(each, "clone") else each for key, each in given.items()})
+        written.append(run(calls[-1]))
+    torch.testing.assert_close(written[1], written[0], rtol=RTOL, atol=ATOL)
+    torch.testing.assert_close(calls[1], calls[0], rtol=RTOL, atol=ATOL)
+    assert any(not torch.equal(calls[0][key], each) for key, each in given.items() if hasattr(each, "clone"))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # dynamo's are

@@ -169,6 +169,9 @@ def _sample_kernel(
     if penalty_ptr is not None:
         penalty = tl.load(penalty_ptr + row)
         seen_ptr += row * stride_seen_b
+    if lengths_ptr is not None:
+        # Before any barrier: one thread writes it further down, and no other may read what that one wrote.
+        length = tl.load(lengths_ptr + row)
     whole = V // BLOCK * BLOCK
 
     best, place = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
@@ -218,7 +221,6 @@ def _sample_kernel(
             token = block + tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
     token = tl.where(finite, token, -1)
     if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + row)
         if length > 0:
             tl.store(lengths_ptr + row, length + 1)
             if step_ptr is not None:

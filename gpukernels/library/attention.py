@@ -11,7 +11,7 @@ from gpukernels.kernels.attention.backward import attention_backward
 from gpukernels.kernels.attention.blocks import document_bounds
 from gpukernels.kernels.attention.forward import attention_forward
 from gpukernels.library.decode_attention import decode_attention
-from gpukernels.library.registry import define, differentiate, empty, wants_gradient
+from gpukernels.library.registry import autocast, define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.attention import attention as plain_attention
 
 WIDEST = 256  # wider heads run plain torch
@@ -150,6 +150,7 @@ differentiate(_attention, _save, _differentiated)
 def attention(
     q, k, v, *, causal=True, window=None, lengths=None, documents=None, scale=None, return_lse=False
 ):  # fmt: skip
+    q, k, v = autocast(q, k, v)
     if q.shape[3] > WIDEST:
         options = {"window": window, "lengths": lengths, "documents": documents, "scale": scale}
         return plain_attention(q, k, v, causal=causal, **options, return_lse=return_lse)

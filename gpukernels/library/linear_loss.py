@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gpukernels import torch_ops
 from gpukernels.kernels import linear_loss as kernels
 from gpukernels.library.loss import plain_divisor
-from gpukernels.library.registry import define, differentiate, empty
+from gpukernels.library.registry import autocast, define, differentiate, empty
 from gpukernels.torch_ops.loss import cross_entropy_gradient
 
 
@@ -129,6 +129,7 @@ def linear_cross_entropy(
     reduction="mean",
     chunk=None,
 ):
+    hidden, weight = autocast(hidden, weight)
     differentiated = torch.is_grad_enabled()
     return _forward(
         hidden, weight, targets, None if weights is None else weights.detach(),

@@ -13,7 +13,7 @@ from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.matmul_backward import linear_backward
 from gpukernels.library.few_rows import few_rows
 from gpukernels.library.norm import layer_norm
-from gpukernels.library.registry import define, differentiate, empty, wants_gradient
+from gpukernels.library.registry import autocast, autocast_dtype, define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.pointwise import ACTIVATIONS
 
 _ATEN = torch.ops.aten
@@ -132,6 +132,11 @@ def _is_few(x, *others) -> bool:
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
+    dtype = autocast_dtype(x)
+    x, weight, bias = autocast(x, weight, bias)
+    if dtype is not None and residual is not None and residual.dtype != dtype:
+        # What is added to stays as wide as it is, as it does where torch adds.
+        return linear(x, weight, bias, activation=activation) + residual
     if _is_few(x, weight, bias, residual):
         return few_rows(x, weight, bias, activation=activation, residual=residual)
     save_z = activation is not None and wants_gradient(x, weight, bias)
@@ -139,7 +144,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
 
 
 def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
-    if _is_few(x, norm_weight, norm_bias, weight, bias):
+    if autocast_dtype(x) is None and _is_few(x, norm_weight, norm_bias, weight, bias):
         return few_rows(x, weight, bias, norm=(norm_weight, norm_bias, eps, True), activation=activation)
     return linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
 
@@ -192,4 +197,4 @@ differentiate(_matmul, _matmul_save, _matmul_differentiated)
 
 
 def matmul(a, b):
-    return _matmul(a, b, False)
+    return _matmul(*autocast(a, b), False)

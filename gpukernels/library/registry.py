@@ -28,7 +28,7 @@ def define(signature: str, *, launch: Callable, plain: Callable, fake: Callable)
     LAUNCHERS[name] = launch
     _LIBRARY.define(signature)
     _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
-    _LIBRARY.impl(name, launch if INTERPRETING else plain, "CPU")
+    _LIBRARY.impl(name, launch if INTERPRETING else _as_written(plain), "CPU")
     torch.library.register_fake(f"gpukernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.gpukernels, name).default
 
@@ -43,6 +43,20 @@ def wants_gradient(*arrays: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that a product of x is made in under `torch.autocast`; None where it is off, or x has 64 bits."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def autocast(*arrays: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The arrays in the dtype that autocast asks for, or as they are."""
+    dtype = autocast_dtype(arrays[0])
+    return arrays if dtype is None else tuple(None if x is None else x.to(dtype) for x in arrays)
+
+
 def _on_its_device(launch: Callable) -> Callable:
     """Triton launches on torch's current device, and the tensors may be on another."""
 
@@ -54,6 +68,16 @@ def _on_its_device(launch: Callable) -> Callable:
             return launch(*args)
 
     return launch_there
+
+
+def _as_written(plain: Callable) -> Callable:
+    """Plain torch in the dtypes that it says, which autocast would change underneath it."""
+
+    def run(*args):
+        with torch.autocast("cpu", enabled=False):
+            return plain(*args)
+
+    return run
 
 
 def empty(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

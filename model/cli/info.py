@@ -11,8 +11,9 @@ from rich.text import Text
 
 from model import gpt2
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
+from model.cli.outline import outlined
 from model.config import PRESETS
-from model.load import locate, plan
+from model.load import plan
 from model.memory import human, likely_place, parameter_count, predict
 
 
@@ -30,21 +31,11 @@ def info(
         config, source, stored, notices = PRESETS[model], "preset", None, []
         slots = list(gpt2.slots(config))
     else:
-        path = locate(
-            model,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            refresh=refresh,
-        )
-        planned = plan(path)
-        config, source, stored, slots, notices = (
-            planned.config,
-            str(path),
-            planned.stored,
-            planned.slots,
-            planned.notices,
-        )
+        cache = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "refresh": refresh}
+        with outlined(model, **cache) as (path, named):
+            planned = plan(path)
+            config, stored, slots, source = planned.config, planned.stored, planned.slots, named(str(path))
+            notices = [named(notice) for notice in planned.notices]
     head = any(slot.name == "head.weight" for slot in slots)
     count = parameter_count(config, head=head)
     memory = [predict(config, dtype, likely_place(), head=head) for dtype in ("float32", "float16")]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.cli.options import CacheDir, Json, Local, Refresh, Revision
+from model.cli.outline import outlined
 from model.config import PRESETS, GPT2Config
 from model.device import DTYPES, choose_device, choose_dtype
 from model.errors import ContextError, DeviceError, ModelError
@@ -93,14 +95,14 @@ def memory(
             choose_dtype(each, place)
     where = "cuda" if gpu is not None else place_of(place)
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "refresh": refresh}
-    subjects = [_subject(name, options) for name in models or PRESETS]
+    if measure is None:
+        measure = gpu is None and len(models or ()) == 1
+    subjects = [_subject(name, options, weights=measure) for name in models or PRESETS]
     for subject in subjects:
         if context is not None and not 1 <= context <= subject.config.n_positions:
             raise ContextError(
                 f"--context must be 1 to {subject.config.n_positions}, the positions of {subject.name}, got {context}"
             )
-    if measure is None:
-        measure = gpu is None and len(models or ()) == 1
     if limit is None:
         limit = available(place)
     elif limit <= CONTEXT_ALLOWANCE:
@@ -129,10 +131,12 @@ def memory(
         )
 
 
-def _subject(name: str, options: dict) -> _Subject:
+def _subject(name: str, options: dict, *, weights: bool) -> _Subject:
+    """The model of this name; its `weights` are fetched from the Hub only where they are measured."""
     if name in PRESETS and not Path(name).exists():
         return _Subject(name, PRESETS[name], None, PRESETS[name])
-    planned = plan(locate(name, **options), headers_only=True)
+    with nullcontext((locate(name, **options), str)) if weights else outlined(name, **options) as (path, _):
+        planned = plan(path, headers_only=True)
     return _Subject(name, planned.config, planned.own_head, planned.source)
 
 
