@@ -68,7 +68,6 @@ _RANGES = {
     "bfloat16": _Range(0x0000_8000, 0x007F_8000, 0x0080_0000, 0x7F7F_8000, 16),
 }
 _SMALLEST_NORMAL = {"F32": 0x0080_0000, "BF16": 0x0080_0000, "F16": 0x3880_0000}
-_MANTISSA, _ONE = 0x007F_FFFF, 0x0080_0000
 
 
 def is_exact(format: str, dtype: str) -> bool:
@@ -85,31 +84,39 @@ def count_losses(source: np.ndarray, format: str, dtype: str) -> Losses:
         dtype: "float32", "float16" or "bfloat16".
     """
     source, total = source.reshape(-1), Losses()
+    scratch = np.empty((4, min(CHUNK, source.size)), np.int32)
     for start in range(0, source.size, CHUNK):
-        total += _count(widened(source[start : start + CHUNK], format), _SMALLEST_NORMAL[format], _RANGES[dtype])
+        values = widened(source[start : start + CHUNK], format)
+        total += _count(values, _SMALLEST_NORMAL[format], _RANGES[dtype], scratch[:, : values.size])
     return total
 
 
-def _count(values: np.ndarray, source_normal: int, to: _Range) -> Losses:
-    bits = values.view(np.int32)
-    magnitude = bits & 0x7FFF_FFFF
+def _count(values: np.ndarray, source_normal: int, to: _Range, scratch: np.ndarray) -> Losses:
+    bits, (magnitude, distance, other, error) = values.view(np.int32), scratch
+    error = error.view(np.float32)
+    np.bitwise_and(bits, 0x7FFF_FFFF, out=magnitude)
     largest = int(magnitude.max())
-    smallest = int((magnitude - 1).view(np.uint32).min()) + 1  # but zero
-    distance = bits & ((1 << to.dropped) - 1)
-    np.minimum(distance, (1 << to.dropped) - distance, out=distance)
+    smallest = int(np.subtract(magnitude, 1, out=other).view(np.uint32).min()) + 1  # but zero
+    np.bitwise_and(bits, (1 << to.dropped) - 1, out=distance)
+    np.subtract(1 << to.dropped, distance, out=other)
+    np.minimum(distance, other, out=distance)
     counts = {}
-    if smallest < to.rounds_to_normal or largest >= to.infinite:
-        finite = magnitude < 0x7F80_0000
-        kinds = {
-            "nonfinite": ~finite,
-            "overflowed": (magnitude >= to.infinite) & finite,
-            "underflowed": (magnitude > 0) & (magnitude <= to.zero),
-            "subnormal": (magnitude > to.zero) & (magnitude >= source_normal) & (magnitude < to.rounds_to_normal),
-        }
-        counts = {kind: int(np.count_nonzero(places)) for kind, places in kinds.items()}
-    if smallest < to.normal or largest >= to.infinite:
-        distance[(magnitude < to.normal) | (magnitude >= to.infinite)] = 0
-    # Both in units of the value's last place: whole numbers below 2^24, so only the division rounds.
-    error = distance.astype(np.float32)
-    error /= ((bits & _MANTISSA) | _ONE).astype(np.float32)
-    return Losses(values.size, **counts, error=float(error.max()))
+    if largest >= to.infinite:
+        counts["nonfinite"] = values.size - _below(magnitude, 0x7F80_0000)
+        counts["overflowed"] = values.size - _below(magnitude, to.infinite) - counts["nonfinite"]
+        np.copyto(distance, 0, where=magnitude >= to.infinite)
+    if smallest < to.normal:
+        counts["underflowed"] = _below(magnitude, to.zero + 1) - _below(magnitude, 1)
+        first = min(max(to.zero + 1, source_normal), to.rounds_to_normal)
+        counts["subnormal"] = _below(magnitude, to.rounds_to_normal) - _below(magnitude, first)
+        np.copyto(distance, 0, where=magnitude < to.normal)
+    # By the mantissa, a number from 1 to 2: both are exact, so only the division rounds.
+    np.bitwise_and(bits, 0x007F_FFFF, out=other)
+    np.bitwise_or(other, 0x3F80_0000, out=other)
+    np.copyto(error, distance, casting="same_kind")
+    np.divide(error, other.view(np.float32), out=error)
+    return Losses(values.size, **counts, error=float(error.max()) * 2.0**-23)
+
+
+def _below(magnitude: np.ndarray, place: int) -> int:
+    return int(np.count_nonzero(magnitude < place))
