@@ -56,8 +56,7 @@ def add_measured(page: Page, document: dict[str, Any]) -> None:
     page.heading("All figures")
     page.text(kernel_tables.NOTES)
     for table in kernel_tables.measured(rows):
-        page.text(table.title)
-        page.table(table.columns, table.rows)
+        _table(page, table)
 
 
 def predicted(document: dict[str, Any]) -> Page:
@@ -78,9 +77,15 @@ def predicted(document: dict[str, Any]) -> Page:
             page.plot(figure, f"{op}: least time by data sheet, lower is faster.")
     page.heading("All figures")
     for table in kernel_tables.predicted(rows):
-        page.text(table.title)
-        page.table(table.columns, table.rows)
+        _table(page, table)
     return page
+
+
+def _table(page: Page, table: kernel_tables.Table) -> None:
+    page.text(table.title)
+    page.table(table.columns, table.rows)
+    for note in table.notes:
+        page.text(note)
 
 
 def _roofline(rows: Sequence[Row], roofs: Sequence[tuple[str, float, float]]) -> tuple[Figure, Any]:

@@ -15,9 +15,6 @@ from bench.timing import Times, interleaved
 
 Row = dict[str, Any]
 
-# Operations a byte from which a speed is told in products rather than bytes; an A100 has 153 for each, an H100 295.
-_DENSE = 150
-
 
 class Roofs(NamedTuple):
     """What this device reached, measured before anything else."""
@@ -31,10 +28,7 @@ class Work(NamedTuple):
 
     moved: int  # bytes
     flops: int
-
-    @property
-    def dense(self) -> bool:
-        return self.flops > _DENSE * self.moved
+    dense: bool  # products are what it is about: its speed is told in operations, not in bytes
 
     @property
     def unit(self) -> str:
@@ -63,12 +57,13 @@ def work(case: Case, direction: str) -> Work:
     gradients = size(inputs[name] for name in case.leaves)
     again = size(inputs[name] for name in (inputs if case.kept is None else case.kept))
     forward, backward = read + made, again + made + gradients
+    dense = bool(case.flops and case.leaves)  # not of a few rows, nor of one query
     if direction == "forward":
-        return Work(forward, case.flops)
+        return Work(forward, case.flops, dense)
     if direction == "backward":
-        return Work(backward, case.backward_flops)
+        return Work(backward, case.backward_flops, dense)
     both = forward + gradients if OPS[case.op].at_once is not None else forward + backward
-    return Work(both, case.flops + case.backward_flops)
+    return Work(both, case.flops + case.backward_flops, dense)
 
 
 def distinct(x: torch.Tensor) -> int:
@@ -137,7 +132,7 @@ def _time(
         entry = entries[provider.name]
         try:
             with provider.context():
-                graph, launched = _clocks(case, direction, provider, entry, device)
+                graph, launched = clocks(case, direction, provider, entry, device)
         except Exception as fault:
             entry["fault"] = in_a_line(fault)
             continue
@@ -145,10 +140,10 @@ def _time(
         if graph is not None:
             cold[provider.name] = graph
         entry["graph"] = graph is not None
-    for key, clocks in (("launched_", hosted), ("", cold)):
-        times = interleaved(clocks, rounds=rounds, pause=0)
-        for name, each in times.items():
-            _add(entries[name], key, each, times.get(OURS))
+    for key, each in (("launched_", hosted), ("", cold)):
+        times = interleaved(each, rounds=rounds, pause=0)
+        for name, own in times.items():
+            _add(entries[name], key, own, times.get(OURS))
     for entry in entries.values():
         if "launched_seconds" in entry and not entry["graph"]:  # what there is; marked in tables
             entry |= {key: entry[f"launched_{key}"] for key in ("seconds", "seconds_20_80")}
@@ -161,7 +156,7 @@ def _add(entry: Row, key: str, times: Times, ours: Times | None) -> None:
         entry[f"{key}speedup_of_ours"] = ours.speedup(times)
 
 
-def _clocks(case: Case, direction: str, provider: Provider, entry: Row, device: Device) -> tuple[Clock | None, Clock]:
+def clocks(case: Case, direction: str, provider: Provider, entry: Row, device: Device) -> tuple[Clock | None, Clock]:
     """The clock of a CUDA graph, None where none can be made, and the clock with the host's part."""
     calls: list[Call] = []
 

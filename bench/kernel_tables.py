@@ -13,12 +13,14 @@ class Table(NamedTuple):
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    notes: list[str]  # what the numbers in brackets mean
 
 
 MEASURED = (
-    "shape", "pass", "provider", "ms", "20-80 %", "launched, ms", "rate", "of roof", "ours is", "memory", "error",
-    "/ bound",
+    "shape", "pass", "provider", "ms", "20-80 %", "launched, ms", "rate", "of roof", "ours is", "error", "/ bound",
+    "memory",
 )  # fmt: skip
+_WIDE = MEASURED[-2:]
 PREDICTED = ("shape", "pass", "launches", "MB", "GFLOP", "limit", *(f"{name}, us" for name in GPUS))
 
 #: What stands under every measured table.
@@ -30,24 +32,32 @@ NOTES = (
 )
 
 
-def measured(rows: Sequence[Row]) -> list[Table]:
-    """A table for every op."""
+def measured(rows: Sequence[Row], *, narrow: bool = False) -> list[Table]:
+    """A table for every op; `narrow` leaves out the last columns."""
     tables = []
+    columns = MEASURED[: -len(_WIDE)] if narrow else MEASURED
     for op, group in _by_op(rows):
-        cells, before = [], ("", "")
+        cells, notes, before = [], [], ("", "")
         for row in group:
-            shape = f"{row['model']}, {row['shape']}"
-            now = (shape, row["direction"])
-            cells.append((shape if shape != before[0] else "", row["direction"] if now != before else "", *_cells(row)))
+            now = (_shape(row), row["direction"])
+            if "fault" in row and row["fault"] not in notes:
+                notes.append(row["fault"])
+            place = (now[0] if now[0] != before[0] else "", row["direction"] if now != before else "")
+            cells.append((*place, *_cells(row, notes))[: len(columns)])
             before = now
-        tables.append(Table(f"{op}, {group[0]['dtype']}", MEASURED, cells))
+        numbered = [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+        tables.append(Table(f"{op}, {group[0]['dtype']}", columns, cells, numbered))
     return tables
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    error = (f"{row['error']:.0e}", f"{row['of_bound']:.2f}") if "error" in row else ("", "")
+def _shape(row: Row) -> str:
+    return f"{row['model']}, {row['shape']}"
+
+
+def _cells(row: Row, notes: list[str]) -> tuple[str, ...]:
+    error, of_bound = (f"{row['error']:.0e}", f"{row['of_bound']:.2f}") if "error" in row else ("", "")
     if "seconds" not in row:
-        return (row["provider"], row.get("fault", ""), *[""] * 6, *error)
+        return (row["provider"], f"[{notes.index(row['fault']) + 1}]", *[""] * 5, error, of_bound, "")
     low, high = (1e3 * each for each in row["seconds_20_80"])
     return (
         row["provider"],
@@ -57,8 +67,9 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{digits(row['rate'])} {row['unit']}",
         f"{row['of_roof']:.0%}",
         f"{row['speedup_of_ours']:.2f} x" if "speedup_of_ours" in row else "",
+        error,
+        of_bound,
         f"{digits(row['peak_bytes'] / 1e6)} MB",
-        *error,
     )
 
 
@@ -68,12 +79,12 @@ def predicted(rows: Sequence[Row]) -> list[Table]:
     for op, group in _by_op(rows):
         cells, before = [], ""
         for row in group:
-            shape = f"{row['model']}, {row['shape']}"
+            shape = _shape(row)
             times = (digits(1e3 * row["milliseconds"][name]) for name in GPUS)
             work = (digits(row["bytes"] / 1e6), digits(row["flops"] / 1e9), row["limit"])
             cells.append((shape if shape != before else "", row["direction"], str(row["launches"]), *work, *times))
             before = shape
-        tables.append(Table(f"{op}, {group[0]['dtype']}", PREDICTED, cells))
+        tables.append(Table(f"{op}, {group[0]['dtype']}", PREDICTED, cells, []))
     return tables
 
 

@@ -20,7 +20,7 @@ import typer
 
 from bench.report import machine, show, write_json
 
-_WIDTH = 160  # of the text tables
+_WIDTH = 150  # of the text tables
 
 
 def main(
@@ -51,7 +51,7 @@ def main(
     if tune is not None:
         if not here:
             _refuse("--tune times tiles on a GPU, and there is no CUDA GPU here")
-        _tune(tune, rounds or 20)
+        _tune(tune, quick, rounds or 20)
         return
     rounds = rounds or (7 if quick else 20)
     document = (_measured if here else _predicted)(cases, json_file, rounds=rounds, compiled=compiled)
@@ -90,8 +90,9 @@ def run(cases: Sequence[Any], device: Any, json_file: Path | None, *, rounds: in
             write_json(json_file, document)
         shown += rows
         if number + 1 == len(cases) or cases[number + 1].op != case.op:
-            for table in kernel_tables.measured(shown):
-                show(*table, width=_WIDTH)
+            for table in kernel_tables.measured(shown, narrow=True):
+                show(table.title, table.columns, table.rows, width=_WIDTH)
+                print(*table.notes, sep="\n")
             shown = []
     print(kernel_tables.NOTES)
     show("Targets", targets.COLUMNS, [targets.cells(each) for each in document["targets"]])
@@ -106,18 +107,18 @@ def _predicted(cases: Sequence[Any], json_file: Path | None, **unused: Any) -> d
     rows = [row for case in cases for row in predict(case)]
     document = {"bench": "kernels", "predicted": True, "machine": machine(), "rows": rows}
     for table in kernel_tables.predicted(rows):
-        show(*table, width=_WIDTH)
+        show(table.title, table.columns, table.rows, width=_WIDTH)
     if json_file is not None:
         write_json(json_file, document)
     return document
 
 
-def _tune(op: str, rounds: int) -> None:
+def _tune(op: str, quick: bool, rounds: int) -> None:
     from bench import tune
     from bench.gpu_timing import Cuda
 
     try:
-        tune.tune(op, Cuda(), rounds=rounds)
+        tune.tune(op, Cuda(), quick=quick, rounds=rounds)
     except ValueError as fault:
         _refuse(str(fault))
 

@@ -118,8 +118,8 @@ def test_a_wrong_gradient_does_not_pass_the_gate():
 
 def test_bytes_and_operations_by_hand():
     norm = kernel_cases.norm("layer_norm", "GPT-2", 1000)
-    assert kernel_rows.work(norm, "forward") == (2 * (2 * 1000 * 768 + 2 * 768), 0)
-    assert kernel_rows.work(norm, "backward") == (2 * (3 * 1000 * 768 + 4 * 768), 0)
+    assert kernel_rows.work(norm, "forward") == (2 * (2 * 1000 * 768 + 2 * 768), 0, False)
+    assert kernel_rows.work(norm, "backward") == (2 * (3 * 1000 * 768 + 4 * 768), 0, False)
     loss = kernel_cases.cross_entropy(10, 500)
     assert kernel_rows.work(loss, "both").moved == 2 * 2 * 10 * 500 + 10 * 8 + 4  # the logits are read once
     product = kernel_cases.product("linear", "GPT-2", 8192, 2304, 768)
