@@ -10,10 +10,12 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ _PACKAGES = (
     "numpy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "transformers", "liger-kernel", "ctranslate2",
     "tokenizers", "safetensors",
 )  # fmt: skip
+
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def machine() -> dict[str, Any]:
@@ -67,14 +72,23 @@ def _processor() -> str:
 
 
 def _gpu() -> dict[str, Any] | None:
-    """The first GPU, as the driver describes it."""
-    told = _said(
-        "nvidia-smi", "--query-gpu=name,driver_version,compute_cap,memory.total", "--format=csv,noheader,nounits"
-    )
-    if told is None:
+    """The first GPU, as the driver describes it; where nvidia-smi is not there, as torch does."""
+    fields = "name,driver_version,compute_cap,memory.total"
+    told = _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    if told is not None:
+        name, driver, capability, memory = (cell.strip() for cell in next(csv.reader([told])))
+        return {"name": name, "driver": driver, "capability": capability, "memory_mib": int(memory)}
+    if not _DRIVER.exists() or find_spec("torch") is None:
         return None
-    name, driver, capability, memory = (cell.strip() for cell in next(csv.reader([told])))
-    return {"name": name, "driver": driver, "capability": capability, "memory_mib": int(memory)}
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties()
+    # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.03  ..."
+    driver = re.search(r"\d+\.\d[\d.]*", _DRIVER.read_text())
+    capability, memory = f"{found.major}.{found.minor}", found.total_memory >> 20
+    return {"name": found.name, "driver": driver and driver[0], "capability": capability, "memory_mib": memory}
 
 
 def _commit() -> str | None:
