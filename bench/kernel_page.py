@@ -28,7 +28,7 @@ _STYLE = {
 
 def measured(document: dict[str, Any]) -> Page:
     """The page of a run on a GPU."""
-    page = Page(f"Kernels on {document['machine']['gpu']['name']}")
+    page = Page(f"Kernels on {document['device']}")
     page.text(in_words(document["machine"]))
     add_measured(page, document)
     return page

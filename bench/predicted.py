@@ -37,8 +37,8 @@ def predict(case: Case) -> list[Row]:
     return rows
 
 
-def recorded(case: Case, direction: str) -> list[Launch]:
-    """The launches of one call on an H100."""
+def recorded(case: Case, direction: str, capability: int = CAPABILITY) -> list[Launch]:
+    """The launches of one call on a GPU of this capability."""
     op = OPS[case.op]
 
     def forward() -> tuple:
@@ -51,7 +51,7 @@ def recorded(case: Case, direction: str) -> list[Launch]:
         torch.autograd.grad(results, leaves, [torch.empty_like(each) for each in results])
 
     def launched(call: Callable[[], Any]) -> list[Launch]:
-        return record(call, capability=CAPABILITY)
+        return record(call, capability=capability)
 
     if direction == "forward":
         return launched(torch.no_grad()(forward))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._functorch.config as functorch
 
     functorch.donated_buffer = False  # so that a graph can be kept and its backward pass timed again and again
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")  # it makes the mask
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

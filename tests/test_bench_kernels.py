@@ -159,8 +159,8 @@ def test_inputs_pass_three_times_the_cache():
         copies(400, 100_000_000, device)
 
 
-def test_a_graph_takes_about_two_milliseconds():
-    assert repeats(50e-6, calls=8) == 5
+def test_a_graph_takes_about_five_milliseconds():
+    assert repeats(50e-6, calls=8) == 12
     assert repeats(1e-6, calls=8) == 50  # 400 calls at most
     assert repeats(1.0, calls=3) == 1
 
@@ -197,7 +197,6 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     assert "layer_norm, float16" in text
     assert "off by" in text
     assert "not yet measured" in text
-    document["machine"]["gpu"] = {"name": "stand-in", "driver": "1", "capability": "9.0", "memory_mib": 1024}
     html = kernel_page.measured(document).html
     assert html.count("<svg") == 4  # a roofline, and three ops
     assert "no kernel for this" in html
