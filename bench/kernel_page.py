@@ -83,7 +83,8 @@ def predicted(document: dict[str, Any]) -> Page:
 
 def _table(page: Page, table: kernel_tables.Table) -> None:
     page.text(table.title)
-    page.table(table.columns, table.rows)
+    whole = str.maketrans({" ": "\u00a0", "-": "\u2011"})  # a cell is not broken in two lines
+    page.table(table.columns, [[cell.translate(whole) for cell in row] for row in table.rows])
     for note in table.notes:
         page.text(note)
 

@@ -39,7 +39,7 @@ def measured(rows: Sequence[Row], *, narrow: bool = False) -> list[Table]:
     for op, group in _by_op(rows):
         cells, notes, before = [], [], ("", "")
         for row in group:
-            now = (_shape(row), row["direction"])
+            now = (_shape(row, group[0]["dtype"]), row["direction"])
             if "fault" in row and row["fault"] not in notes:
                 notes.append(row["fault"])
             place = (now[0] if now[0] != before[0] else "", row["direction"] if now != before else "")
@@ -50,8 +50,9 @@ def measured(rows: Sequence[Row], *, narrow: bool = False) -> list[Table]:
     return tables
 
 
-def _shape(row: Row) -> str:
-    return f"{row['model']}, {row['shape']}"
+def _shape(row: Row, dtype: str) -> str:
+    """With its dtype, where that is not the one in the table's title."""
+    return f"{row['model']}, {row['shape']}" + ("" if row["dtype"] == dtype else f", {row['dtype']}")
 
 
 def _cells(row: Row, notes: list[str]) -> tuple[str, ...]:
@@ -79,7 +80,7 @@ def predicted(rows: Sequence[Row]) -> list[Table]:
     for op, group in _by_op(rows):
         cells, before = [], ""
         for row in group:
-            shape = _shape(row)
+            shape = _shape(row, group[0]["dtype"])
             times = (digits(1e3 * row["milliseconds"][name]) for name in GPUS)
             work = (digits(row["bytes"] / 1e6), digits(row["flops"] / 1e9), row["limit"])
             cells.append((shape if shape != before else "", row["direction"], str(row["launches"]), *work, *times))

@@ -243,6 +243,16 @@ def test_targets_are_told_from_the_rows():
     assert elsewhere["layer norm forward, 32768 x 768, TB/s"]["met"] is None  # set for an H100
 
 
+def test_a_dtype_that_is_not_in_the_title_stands_in_the_row():
+    cases = [each for each in SMALL if each.op == "gelu"] * 2
+    rows = [row for case, dtype in zip(cases, (torch.float16, torch.bfloat16), strict=True)
+            for row in predict(case._replace(dtype=dtype))]  # fmt: skip
+    (table,) = kernel_tables.predicted(rows)
+    assert table.title == "gelu, float16"
+    shapes = [row[0] for row in table.rows]
+    assert shapes == ["GPT-2, 3 x 3072", "", "", "GPT-2, 3 x 3072, bfloat16", "", ""]
+
+
 def test_digits():
     assert [kernel_tables.digits(x) for x in (0, 0.00483, 1.0, 12.345, 99.96, 123.4, 1e-5)] == [
         "0", "0.00483", "1.00", "12.3", "100", "123", "1e-05",
