@@ -85,27 +85,25 @@ def answers(case: Case, run: Callable[..., Any], inputs: Inputs, douts: list[tor
 
 
 def judge(case: Case, provider: Provider, truth: Truth, device: str) -> dict[str, Verdict]:
-    """The verdict on one provider by direction; "both" is what autograd gave, or what `at_once` does.
+    """The verdict on one provider by direction, each on what will be timed.
 
-    The provider gets the whole of the inputs; a truth of some leading rows is compared with those.
+    Forward is without a gradient, which may be another kernel; both is with one, or what `at_once` does. Each call
+    gets new inputs, that lie as the case has them: some ops write over theirs. A truth of some leading rows is
+    compared with those.
     """
-    inputs = case.draw(device)
-    whole = []
-    if case.leaves:
-        with torch.no_grad():
-            shapes = [result.shape for result in results(provider.run(**_copies(inputs)))]
-        whole = [_whole(dout, shape) for dout, shape in zip(truth.douts, shapes, strict=True)]
-    found = answers(case, provider.run, inputs, whole)
-    forward = {name: each for name, each in found.items() if name.startswith("result")}
+    with torch.no_grad():
+        alone = results(provider.run(**case.draw(device)))
+    forward = {f"result {i}": each for i, each in enumerate(alone)}
     verdicts = {"forward": _worst(case, forward, truth)}
     if case.leaves:
-        backward = {name: each for name, each in found.items() if name not in forward}
-        verdicts["backward"] = _worst(case, backward, truth)
-        verdicts["both"] = _worst(case, found, truth)
+        whole = [_whole(dout, each.shape) for dout, each in zip(truth.douts, alone, strict=True)]
+        found = answers(case, provider.run, case.draw(device), whole)
+        verdicts["backward"] = _worst(case, {f"d{name}": found[f"d{name}"] for name in case.leaves}, truth)
         if provider.at_once is not None:
             loss, *gradients = provider.at_once(**case.draw(device))
             named = {f"d{name}": each for name, each in zip(case.leaves, gradients, strict=True)}
-            verdicts["both"] = _worst(case, {"result 0": loss} | named, truth)
+            found = {"result 0": loss} | named
+        verdicts["both"] = _worst(case, found, truth)
     return verdicts
 
 

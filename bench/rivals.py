@@ -47,6 +47,7 @@ def providers(op: str, *, compiled: bool) -> list[Provider]:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._functorch.config as functorch
 
+    torch._dynamo.reset()  # of another case: a function is compiled for eight shapes, and then no more
     functorch.donated_buffer = False  # so that a graph can be kept and its backward pass timed again and again
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")  # it makes the mask
     return torch.compile(function, fullgraph=True, dynamic=False)

@@ -116,6 +116,31 @@ def test_a_wrong_gradient_does_not_pass_the_gate():
     assert not verdicts["both"].right
 
 
+def test_what_is_timed_without_a_gradient_is_judged_without_one():
+    case = next(case for case in SMALL if case.op == "gelu")
+
+    def sometimes(x):
+        return rivals.OPS["gelu"].ours(x) * (1 if torch.is_grad_enabled() else 2)
+
+    verdicts = gate.judge(case, rivals.Provider("wrong", sometimes), gate.true(case, "cpu"), "cpu")
+    assert not verdicts["forward"].right
+    assert verdicts["backward"].right
+    assert verdicts["both"].right
+
+
+def test_inputs_are_judged_where_they_lie():
+    """Side by side in one array, as the projection leaves them."""
+    case = next(case for case in SMALL if case.op == "attention")
+    seen = []
+
+    def remembering(q, k, v):
+        seen.append(q.stride())
+        return rivals.OPS["attention"].ours(q, k, v)
+
+    gate.judge(case, rivals.Provider("ours", remembering), gate.true(case, "cpu"), "cpu")
+    assert seen == [(40 * 3 * 768, 3 * 768, 64, 1)] * 2
+
+
 def test_bytes_and_operations_by_hand():
     norm = kernel_cases.norm("layer_norm", "GPT-2", 1000)
     assert kernel_rows.work(norm, "forward") == (2 * (2 * 1000 * 768 + 2 * 768), 0, False)
@@ -149,6 +174,10 @@ def test_the_launches_of_a_direction():
     assert names["forward"] == ["_norm_forward_kernel"]
     assert names["both"] == names["forward"] + names["backward"]
     assert names["backward"] == ["_norm_backward_kernel", "_add_partials_kernel"]
+    few = next(case for case in CASES if case.op == "few_rows")
+    assert recorded(few, "forward")[0].kernel == "_few_rows_kernel"
+    loss = next(case for case in CASES if case.op == "cross_entropy")
+    assert "_cross_entropy_backward_kernel" not in [launch.kernel for launch in recorded(loss, "both")]  # at once
 
 
 def test_inputs_pass_three_times_the_cache():
@@ -202,6 +231,9 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     assert "no kernel for this" in html
 
 
+ROOFS = kernel_rows.Roofs(3e12, 700e12)
+
+
 def test_out_of_memory_is_a_row_and_not_an_end(monkeypatch):
     device = Here()
     monkeypatch.setattr(device, "free", 100, raising=False)
@@ -209,9 +241,6 @@ def test_out_of_memory_is_a_row_and_not_an_end(monkeypatch):
     rows = kernel_rows.measure(case, rivals.providers(case.op, compiled=False), device, ROOFS, rounds=2)
     assert {row["fault"] for row in rows} == {"out of memory"}
     assert all("seconds" not in row for row in rows)
-
-
-ROOFS = kernel_rows.Roofs(3e12, 700e12)
 
 
 def _row(op, direction, provider, shape, seconds, **more):
