@@ -13,6 +13,7 @@ what the kernels could reach on four GPUs. The last line is the whole as JSON.
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,9 @@ def main(
     compiled: Annotated[bool, typer.Option(help="torch.compile among the providers (seconds for each shape).")] = True,
 ) -> None:
     """Measure, print a table for every op, and end with one line of JSON."""
+    missing = [name for name in ("torch", "triton") if find_spec(name) is None]
+    if missing:
+        _refuse(f"kernels need {' and '.join(missing)}, not installed here")
     import torch
 
     from bench import kernel_cases
@@ -49,12 +53,19 @@ def main(
         _refuse(str(fault))
     here = torch.cuda.is_available()
     if tune is not None:
+        if op or json_file or html_file:
+            _refuse("--tune prints rows for one op; it goes with --quick and --rounds only")
         if not here:
             _refuse("--tune times tiles on a GPU, and there is no CUDA GPU here")
         _tune(tune, quick, rounds or 20)
         return
     rounds = rounds or (7 if quick else 20)
-    document = (_measured if here else _predicted)(cases, json_file, rounds=rounds, compiled=compiled)
+    if here:
+        from bench.gpu_timing import Cuda
+
+        document = run(cases, Cuda(), json_file, rounds=rounds, compiled=compiled)
+    else:
+        document = predict_all(cases, json_file)
     if html_file is not None:
         from bench import kernel_page
 
@@ -64,13 +75,9 @@ def main(
         sys.exit(1)
 
 
-def _measured(cases: Sequence[Any], json_file: Path | None, *, rounds: int, compiled: bool) -> dict[str, Any]:
-    from bench.gpu_timing import Cuda
-
-    return run(cases, Cuda(), json_file, rounds=rounds, compiled=compiled)
-
-
-def run(cases: Sequence[Any], device: Any, json_file: Path | None, *, rounds: int, compiled: bool, **roofs: int):
+def run(
+    cases: Sequence[Any], device: Any, json_file: Path | None, *, rounds: int, compiled: bool, **roofs: int
+) -> dict[str, Any]:
     """Measures the cases on a device (see `bench.gpu_timing`); `roofs` are options of `measured_roofs`."""
     from bench import kernel_rows, kernel_tables, targets
     from bench.rivals import providers
@@ -99,7 +106,8 @@ def run(cases: Sequence[Any], device: Any, json_file: Path | None, *, rounds: in
     return document
 
 
-def _predicted(cases: Sequence[Any], json_file: Path | None, **unused: Any) -> dict[str, Any]:
+def predict_all(cases: Sequence[Any], json_file: Path | None) -> dict[str, Any]:
+    """What the roofs of four GPUs allow."""
     from bench import kernel_tables
     from bench.predicted import predict
 

@@ -293,6 +293,7 @@ def test_digits():
     [
         (["--op", "softmax"], "the op must be one of attention, layer_norm, "),
         (["--html", "nowhere/r.html"], "nowhere/r.html: there is no folder "),
+        (["--tune", "gelu", "--op", "gelu"], "--tune prints rows for one op; it goes with --quick and --rounds only"),
         (["--tune", "layer_norm"], "--tune times tiles on a GPU, and there is no CUDA GPU here"),
     ],
 )
