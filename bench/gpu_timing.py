@@ -5,6 +5,7 @@ cache before one comes again: what a call reads comes from memory, as in a model
 that its own start does not count. The launch-included time is that of the same calls made from Python.
 """
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -77,12 +78,18 @@ class Cuda:
         kept: list[Any] = [None] * len(calls)  # results of other calls are not written over
         for call in calls:  # libraries make their handles now, not under capture
             call()
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=self.stream):
-            for _ in range(times):
-                for i, call in enumerate(calls):
-                    kept[i] = call()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                for _ in range(times):
+                    for i, call in enumerate(calls):
+                        kept[i] = call()
+        except Exception:
+            # To torch before 2.12 a capture that failed is still under way, and its cache cannot be emptied any more.
+            with contextlib.suppress(RuntimeError):  # later ones have ended it
+                torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
+            raise
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def clock() -> float:
