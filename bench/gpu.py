@@ -54,13 +54,10 @@ def listed(wanted: Sequence[Part], limit: float) -> None:
         missing = part.missing()
         note = f"not there: needs {', '.join(missing)}" if missing else ""
         rows.append((part.name, f"{part.expected:.0f} s", f"{min(part.most, limit):.0f} s", shown(part), note))
-    show(
-        f"The parts of a GPU run, {limit:.0f} s at most",
-        ("part", "expected", "at most", "command", ""),
-        rows,
-        width=150,
-    )
-    print(f"expected in all: {sum(part.expected for part in wanted if not part.missing()):.0f} s")
+    columns = ("part", "expected", "at most", "command", "")
+    show(f"The parts of a GPU run, in all {limit:.0f} s at most", columns, rows, width=150)
+    expected = sum(part.expected for part in wanted if not part.missing())
+    print(f"expected in all: {min(expected, limit):.0f} s" + (", the last ones cut short" if expected > limit else ""))
 
 
 def measured(wanted: Sequence[Part], limit: float, folder: Path, here: dict[str, Any]) -> Path:

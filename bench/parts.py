@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,12 +38,13 @@ def parts() -> list[Part]:
     """In the order of their worth."""
     spread = ("--numprocesses", "4") if _there("xdist") else ()
     tests = ("-m", "pytest", "-q", "-m", "gpu", "--maxfail", "30", "-p", "no:cacheprovider", *spread, "tests")
+    command = ("-c", "from model.cli import main; main()")
     kernels = ("-m", "bench.kernels", "--json", JSON)
     return [
         Part("compile", ("-m", "bench.compiling"), 60, 120),
         Part("tests", tests, 120, 180, ("pytest", "hypothesis")),
-        Part("verify", ("-m", "model.cli", "verify", "--quick", "--json"), 40, 60, ("gpukernels.verify",)),
-        Part("kernels", (*kernels, "--no-compiled"), 120, 200, ("bench.kernels",)),
+        Part("verify", (*command, "verify", "--quick", "--json"), 40, 60, ("gpukernels.verify",)),
+        Part("kernels", (*kernels, "--no-compiled", "--rounds", "10"), 120, 200, ("bench.kernels",)),
         Part("generate", ("-m", "bench.generate"), 60, 90, ("bench.generate", "transformers")),
         Part("memory", ("-m", "bench.memory"), 20, 40, ("bench.memory",)),
         Part("train", ("-m", "bench.train"), 60, 90, ("bench.train",)),
@@ -87,7 +89,7 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
 
 
 def shown(part: Part) -> str:
-    return " ".join(["python", *part.command]).replace(JSON, "FILE")
+    return shlex.join(["python", *("FILE" if each == JSON else each for each in part.command)])
 
 
 def _end(process: subprocess.Popen) -> None:
