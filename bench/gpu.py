@@ -7,6 +7,7 @@ and the model benchmarks. After each part the results so far are written to benc
 one Markdown file, named by GPU and date, so that a run that is cut short leaves what it has.
 """
 
+import json
 import re
 import signal
 import sys
@@ -61,17 +62,22 @@ def listed(wanted: Sequence[Part], limit: float) -> None:
 
 
 def measured(wanted: Sequence[Part], limit: float, folder: Path, here: dict[str, Any]) -> Path:
-    """Runs the parts, and writes the three files before the first and after each; returns the JSON file."""
+    """Runs the parts, and writes the three files before the first and after each; returns the JSON file.
+
+    Parts that an earlier run of this GPU and day has in the file, and this one has not, stay there.
+    """
     end = time.monotonic() + limit
     stem = re.sub(r"[^a-z0-9]+", "-", here["gpu"]["name"].lower()).strip("-")
     path = folder / f"gpu-{stem}-{here['date']}.json"
-    document: dict[str, Any] = {"bench": "gpu", "machine": here, "limit": limit}
-    document["parts"] = [{"name": part.name, "command": shown(part), "state": "waiting"} for part in wanted]
-    written(path, document)
-    for number, part in enumerate(wanted):
-        document["parts"][number] = found = run(part, end - time.monotonic())
-        written(path, document)
-        print(f"{part.name}: {found['state']}, {found.get('seconds', 0):.0f} s", flush=True)
+    kept = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else []
+    found = {part["name"]: part for part in kept}
+    found |= {part.name: {"name": part.name, "command": shown(part), "state": "waiting"} for part in wanted}
+    document = {"bench": "gpu", "machine": here, "limit": limit}
+    written(path, document | {"parts": list(found.values())})
+    for part in wanted:
+        found[part.name] = one = run(part, end - time.monotonic()) | {"commit": here["commit"]}
+        written(path, document | {"parts": list(found.values())})
+        print(f"{part.name}: {one['state']}, {one.get('seconds', 0):.0f} s", flush=True)
     print(f"{path}\n{path.with_suffix('.html')}\n{path.with_suffix('.md')}")
     return path
 

@@ -101,6 +101,15 @@ def test_results_are_written_before_the_first_part_and_after_each(tmp_path, monk
     assert states == [["waiting", "waiting"], ["done", "waiting"], ["done", "done"]]
 
 
+def test_parts_of_the_same_day_stay(tmp_path):
+    gpu.measured([python("one", "print(1)"), python("two", "print(2)")], 60, tmp_path, HERE)
+    path = gpu.measured([python("two", "print(3)"), python("three", "")], 60, tmp_path, HERE | {"commit": "fedcba"})
+    parts = json.loads(path.read_text())["parts"]
+    assert [(part["name"], part["tail"], part["commit"]) for part in parts] == [
+        ("one", ["1"], "0123456789ab"), ("two", ["3"], "fedcba"), ("three", [], "fedcba"),
+    ]  # fmt: skip
+
+
 def test_a_part_has_its_own_longest_time():
     found = run(python("long", "import time; time.sleep(600)", most=0.3), 60)
     assert found["state"] == "cut short"
