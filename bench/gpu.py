@@ -88,7 +88,7 @@ def written(path: Path, document: dict[str, Any]) -> None:
 
     write_json(path, document)
     gpu_page.page(document).write(path.with_suffix(".html"))
-    text = f"# GPU run\n\n{in_words(document['machine'])}\n\n{readme.gpu_run(document)}"
+    text = f"# GPU run\n\n{in_words(document['machine'])}\n\n{readme.gpu_run(document)}\n"
     write_text(path.with_suffix(".md"), text)
 
 

@@ -132,22 +132,11 @@ def _measured_roofline(rows: Sequence[Row], roofs: Roofs) -> Figure:
     rows = [row for row in rows if row["flops"]]
     figure, ax = _roofline(rows, [("measured", roofs.bandwidth, roofs.tensor_flops)])
     colors = _op_colors(rows)
-    for row, best in _with_best_rival(rows):
+    for row, best in kernel_tables.with_best_rival(rows):
         _point(ax, row, row["seconds"], colors[row["op"]])
         if best is not None:
             _point(ax, best, best["seconds"], colors[row["op"]], filled=False)
     return figure
-
-
-def _with_best_rival(rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:
-    """Our rows, each with the fastest of the others."""
-    found = []
-    for row in rows:
-        if row["provider"] == OURS:
-            key = ("op", "model", "shape", "direction")
-            rivals = [each for each in rows if each is not row and all(each[name] == row[name] for name in key)]
-            found.append((row, min(rivals, key=lambda each: each["seconds"], default=None)))
-    return found
 
 
 def _bars(rows: Sequence[Row]) -> Figure:

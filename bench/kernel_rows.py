@@ -111,7 +111,7 @@ def _judged(case: Case, providers: Sequence[Provider], device: Device) -> tuple[
 
 
 def _entry(case: Case, direction: str, provider: Provider, verdicts: dict, faults: dict[str, str]) -> Row:
-    row: Row = {"op": case.op, "model": case.model, "shape": case.shape, "size": case.size}
+    row: Row = {"op": case.op, "model": case.model, "shape": case.shape, "size": case.size, "quick": case.quick}
     row |= {"dtype": str(case.dtype).removeprefix("torch."), "direction": direction, "provider": provider.name}
     if provider.name in faults:
         return row | {"fault": faults[provider.name]}

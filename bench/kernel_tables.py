@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
+from bench.rivals import OURS
 from gpukernels.compile_report import GPUS
 
 Row = dict[str, Any]
@@ -72,6 +74,16 @@ def _cells(row: Row, notes: list[str]) -> tuple[str, ...]:
         of_bound,
         f"{digits(row['peak_bytes'] / 1e6)} MB",
     )
+
+
+def with_best_rival(rows: Sequence[Row]) -> list[tuple[Row, Row | None]]:
+    """Our rows, each with the fastest of the others at its shape and pass."""
+    key = itemgetter("op", "model", "shape", "direction")
+    best: dict[tuple, Row] = {}
+    for row in rows:
+        if row["provider"] != OURS and "seconds" in row:
+            best[key(row)] = min(best.get(key(row), row), row, key=itemgetter("seconds"))
+    return [(row, best.get(key(row))) for row in rows if row["provider"] == OURS]
 
 
 def predicted(rows: Sequence[Row]) -> list[Table]:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import targets
 from bench.generate import LONG, NEW, PROMPT
-from bench.kernel_tables import digits
+from bench.kernel_tables import digits, with_best_rival
 from bench.report import in_words, write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +24,11 @@ NOT_MEASURED = "not yet measured"
 Document = dict[str, Any]
 Columns, Rows = Sequence[str], Sequence[Sequence[str]]
 
+_NOTES = (
+    "ms: median in a CUDA graph, inputs rotated past three times the L2 cache. of roof: the time that this device's "
+    "measured copy and product would take, over ours. ours is: how many times as fast as the best rival. error: largest "
+    "difference from float64 over the largest value."
+)
 _SPELLED = {"numpy": "NumPy", "ctranslate2": "CTranslate2", "triton": "Triton", "tokenizers": None, "safetensors": None}
 
 
@@ -72,7 +78,8 @@ def measured(folder: Path) -> str:
         elif document.get("bench") == "gpu":
             latest[document["machine"]["gpu"]["name"]] = (document, path.name)  # the last by date
     for document, name in latest.values():
-        sections.append(f"{in_words(document['machine'])} (`bench/results/{name}`):\n\n{gpu_run(document)}")
+        where = f"{in_words(document['machine'])}. Every shape: `bench/results/{name.removesuffix('json')}md`."
+        sections.append(f"{_wrapped(where)}\n\n{gpu_run(document, whole=False)}")
     if not latest:
         sections.append(f"GPU figures: {NOT_MEASURED}.")
     return "\n\n".join(sections)
@@ -107,22 +114,22 @@ def _article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "AEIOaeio" else f"a {noun}"
 
 
-def gpu_run(document: Document) -> str:
-    """A GPU run: targets, our kernels beside the best rival, and what the other parts found."""
-    blocks = [table(*part_table(document))]
+def gpu_run(document: Document, *, whole: bool = True) -> str:
+    """A GPU run: targets, our kernels beside the best rival (one shape of each, if not `whole`), the other parts."""
+    blocks = [table(*part_table(document))] if whole else []
     kernels = kernels_of(document)
     if kernels is None:
         blocks.append(f"Kernels: {NOT_MEASURED}.")
     else:
-        from bench import targets
-
+        rows = [row for row in kernels["rows"] if whole or row["quick"]]
         blocks.append(table(targets.COLUMNS, [targets.cells(each) for each in kernels["targets"]]))
-        blocks.append(table(*kernel_table(kernels)))
+        blocks.append(table(*kernel_table(rows)))
+        blocks.append(_wrapped(_NOTES))
     for part in document["parts"]:
         result = part.get("result") or {}
         if result.get("bench") != "kernels" and (found := plain_rows(result)):
             blocks.append(f"{part['name']}:\n\n{table(*found)}")
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks)
 
 
 def part_table(document: Document) -> tuple[Columns, Rows]:
@@ -135,8 +142,6 @@ def part_table(document: Document) -> tuple[Columns, Rows]:
 
 def kernels_of(document: Document) -> Document | None:
     """What `bench.kernels` found in all of a run's parts, as one document; where two have a row, the first's."""
-    from bench import targets
-
     found = [part["result"] for part in document["parts"] if (part.get("result") or {}).get("bench") == "kernels"]
     if not found:
         return None
@@ -149,28 +154,21 @@ def kernels_of(document: Document) -> Document | None:
     return found[0] | {"rows": ordered, "targets": targets.compared(ordered, found[0]["device"])}
 
 
-def kernel_table(result: Document) -> tuple[Columns, Rows]:
+def kernel_table(rows: Sequence[Document]) -> tuple[Columns, Rows]:
     """Ours at every shape and pass, beside the best of the others."""
     columns = ("op", "shape", "pass", "ms", "speed", "of roof", "best rival", "ours is", "error")
-    rows = []
-    for row in result["rows"]:
-        if row["provider"] != "ours":
-            continue
+    lines = []
+    for row, best in with_best_rival(rows):
         place = (row["op"], f"{row['model']}, {row['shape']}", row["direction"])
         if "seconds" not in row:
-            rows.append((*place, row.get("fault", NOT_MEASURED), "", "", "", "", ""))
+            lines.append((*place, row.get("fault", NOT_MEASURED), *[""] * 5))
             continue
-        same = ("op", "model", "shape", "direction")
-        rivals = [each for each in result["rows"] if each is not row and all(each[key] == row[key] for key in same)]
-        best = min((each for each in rivals if "seconds" in each), key=lambda each: each["seconds"], default=None)
         against = ("", "")
         if best is not None:
             against = (best["provider"], f"{best.get('speedup_of_ours', best['seconds'] / row['seconds']):.2f} x")
-        speed = f"{digits(row['rate'])} {row['unit']}"
-        rows.append(
-            (*place, digits(1e3 * row["seconds"]), speed, f"{row['of_roof']:.0%}", *against, f"{row['error']:.0e}")
-        )
-    return columns, rows
+        speed = (digits(1e3 * row["seconds"]), f"{digits(row['rate'])} {row['unit']}", f"{row['of_roof']:.0%}")
+        lines.append((*place, *speed, *against, f"{row['error']:.0e}"))
+    return columns, lines
 
 
 def plain_rows(result: Document) -> tuple[Columns, Rows] | None:

@@ -70,7 +70,7 @@ def test_a_gpu_run_becomes_tables(tmp_path):
     text = measured(tmp_path)
     assert text.count("NVIDIA H100 80GB HBM3, 80 GiB") == 1  # the latest run of a GPU
     assert "2026-01-03" in text
-    assert "| kernels | cut short | 9 |  |" in text
+    assert between(replaced(f"{BEGIN}\n{END}", text)) == text
     assert "| gelu | GPT-2, 8 x 9 | forward | 0.0100 | 1.50 TB/s | 50% | torch | 2.00 x | 1e-04 |" in text
     assert "| what | bytes |\n| --- | --- |\n| x | 5 |" in text
     assert "Kernels: " not in text
@@ -78,5 +78,11 @@ def test_a_gpu_run_becomes_tables(tmp_path):
     again = {"name": "compiled", "state": "done", "seconds": 9.0, "result": KERNELS | {"rows": [compiled]}}
     stored("2026-01-04", [parts[0], again])  # rows of both parts
     assert "| 50% | torch.compile | 1.50 x | 1e-04 |" in measured(tmp_path)
-    stored("2026-01-05", parts[1:])
+    other = KERNELS["rows"][0] | {"shape": "9 x 9", "quick": False}
+    more = parts[0] | {"result": KERNELS | {"rows": [*KERNELS["rows"], other]}}
+    stored("2026-01-05", [more])  # README has one shape, the run's own file all of them
+    assert "9 x 9" not in measured(tmp_path)
+    assert "Every shape: `bench/results/gpu-h100-2026-01-05.md`" in measured(tmp_path)
+    assert "9 x 9" in readme.gpu_run({"parts": [more]})
+    stored("2026-01-06", parts[1:])
     assert "Kernels: not yet measured." in measured(tmp_path)
