@@ -26,8 +26,8 @@ Columns, Rows = Sequence[str], Sequence[Sequence[str]]
 
 _NOTES = (
     "ms: median in a CUDA graph, inputs rotated past three times the L2 cache. of roof: the time that this device's "
-    "measured copy and product would take, over ours. ours is: how many times as fast as the best rival. error: largest "
-    "difference from float64 over the largest value."
+    "measured copy and product would take, over ours. ours is: how many times as fast as the best rival. error: the "
+    "largest difference from float64 over the largest value."
 )
 _SPELLED = {"numpy": "NumPy", "ctranslate2": "CTranslate2", "triton": "Triton", "tokenizers": None, "safetensors": None}
 
