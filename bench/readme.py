@@ -69,12 +69,14 @@ def between(page: str) -> str:
 
 
 def measured(folder: Path) -> str:
-    """The whole section: the CPU's tables, then each GPU's latest run."""
+    """The whole section: generation on the CPU, what calls cost the host, then each GPU's latest run."""
     sections, latest = [], {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if document.get("bench") == "generate" and path.name.startswith("generate-cpu-"):
             sections.append(_cpu(document, path.name))
+        elif path.name.startswith("overhead-"):
+            sections.append(_host(document, path.name))
         elif document.get("bench") == "gpu":
             latest[document["machine"]["gpu"]["name"]] = (document, path.name)  # the last by date
     for document, name in latest.values():
@@ -108,6 +110,19 @@ def _cpu(document: Document, name: str) -> str:
     versions = ((_SPELLED.get(package, package), version) for package, version in document["versions"].items())
     named = ", ".join(f"{package} {version}" for package, version in versions if package)
     return f"{_wrapped(text)}\n\n{table(columns, rows)}\n\n{_wrapped(f'({named}; `bench/results/{name}`.)')}"
+
+
+def _host(document: Document, name: str) -> str:
+    """What `bench.overhead` measured."""
+    where = document["machine"]
+    text = (
+        f"What a call costs the host, in microseconds, on one core of {_article(where['processor'])}, {where['date']}, "
+        f"without the driver's own launch (`python -m bench.overhead`, which needs no GPU; `bench/results/{name}`):"
+    )
+    columns = ("call", "launches", "whole", "of it launcher and Triton", "recording a gradient")
+    keys = ("call", "launches", "whole", "launchers", "gradient")
+    rows = [["" if row[key] is None else row[key] for key in keys] for row in document["figures"]]
+    return f"{_wrapped(text)}\n\n{table(columns, rows)}"
 
 
 def _article(noun: str) -> str:

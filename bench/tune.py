@@ -17,10 +17,8 @@ from bench.gpu_timing import Clock, Device
 from bench.kernel_cases import Case
 from bench.kernel_rows import clocks, in_a_line, work
 from bench.report import show
-from bench.rivals import OPS, Provider
+from bench.rivals import OPS, OURS, Provider
 from bench.timing import interleaved
-
-NOW = "now"
 
 
 class Knob(NamedTuple):
@@ -141,41 +139,51 @@ def tune(op: str, device: Device, *, quick: bool, rounds: int) -> None:
             _tuned(case, knob, device, rounds)
 
 
+class _Tried(NamedTuple):
+    tile: Any
+    milliseconds: float
+    speedup: float  # over the present tile, side by side
+
+
 def _tuned(case: Case, knob: Knob, device: Device, rounds: int) -> None:
     truth = gate.true(case, device.kind)
-    tiles, faults, runs = {}, {}, {}
+    tile, present = _clock(case, knob, {}, truth, device)
+    if tile is None:
+        return  # the launcher does not ask on this GPU
+    tried, faults = {}, {}
     for changes in ({}, *knob.candidates()):
-        name = ", ".join(f"{field} {value}" for field, value in changes.items()) or NOW
-        seen: list[Any] = []
-        with knob.trying(changes, seen):
-            try:
-                provider = Provider(name, OPS[case.op].ours, at_once=OPS[case.op].at_once)
-                verdict = gate.judge(case, provider, truth, device.kind)[knob.direction]
-                if not verdict.right:
-                    faults[name] = f"wrong answer, {verdict.of_bound:.3g} times its bound"
-                elif seen:
-                    graph, launched = clocks(case, knob.direction, provider, {}, device)
-                    tiles[name], runs[name] = seen[-1], knob.during(changes, graph or launched)
-            except Exception as fault:  # what does not compile, or not fit
-                faults[name] = in_a_line(fault)
-    if not runs:
-        return  # not asked on this GPU
-    times = interleaved(runs, rounds=rounds, pause=0)
-    order = sorted(times, key=lambda name: times[name].median)
-    present = times.get(NOW)
-    rows = [
-        (
-            name,
-            kernel_tables.digits(1e3 * times[name].median),
-            f"{times[name].speedup(present):.3f}" if present else "",
-        )
-        for name in order
-    ]
+        name = ", ".join(f"{field} {value}" for field, value in changes.items()) or "as it is now"
+        try:
+            tile, clock = _clock(case, knob, changes, truth, device)
+            times = interleaved({"now": present, "tried": clock}, rounds=rounds, pause=0)
+        except Exception as fault:  # what is wrong, does not compile, or does not fit
+            faults[name] = in_a_line(fault)
+            continue
+        own = times["tried"]
+        tried[name] = _Tried(tile, 1e3 * own.median, own.speedup(times["now"]))
+    order = sorted(tried, key=lambda name: -tried[name].speedup)
+    rows = [(name, kernel_tables.digits(tried[name].milliseconds), f"{tried[name].speedup:.3f}") for name in order]
     rows += [(name, "", fault) for name, fault in faults.items()]
     show(f"{case.name}, {knob.direction}: {knob.function}", ("tile", "ms", "times as fast as now"), rows)
-    best, amount = order[0], work(case, knob.direction)
-    speed = f"{kernel_tables.digits(amount.rate(times[best].median))} {amount.unit}"
+    best, amount = tried[order[0]], work(case, knob.direction)
+    speed = f"{kernel_tables.digits(amount.rate(best.milliseconds / 1e3))} {amount.unit}"
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    print(f"    {knob.row(tiles[best])}  # measured on {device.name}, {today}: {speed} ({case.shape})\n")
-    runs.clear()
+    print(f"    {knob.row(best.tile)}  # measured on {device.name}, {today}: {speed} ({case.shape})\n")
+
+
+def _clock(case: Case, knob: Knob, changes: dict[str, int], truth: gate.Truth, device: Device) -> tuple[Any, Clock]:
+    """The tile that the launcher gets with these changes, None if it asks for none, and the clock of our op with it.
+
+    Raises:
+        ValueError: the answer is wrong.
+        Exception: what Triton or torch raise where it does not compile, or not fit.
+    """
     device.release()
+    seen: list[Any] = []
+    provider = Provider(OURS, OPS[case.op].ours, at_once=OPS[case.op].at_once)
+    with knob.trying(changes, seen):
+        verdict = gate.judge(case, provider, truth, device.kind)[knob.direction]
+        if not verdict.right:
+            raise ValueError(f"wrong answer, {verdict.of_bound:.3g} times its bound")
+        graph, launched = clocks(case, knob.direction, provider, {}, device)
+    return seen[-1] if seen else None, knob.during(changes, graph or launched)

@@ -50,6 +50,13 @@ def test_the_cpu_table_is_of_its_file():
         assert f"| {row['runtime']} | {row['tokens_per_second']:.1f} | {row['decode_speedup']:.2f} |" in text
 
 
+def test_the_hosts_table_is_of_its_file():
+    text = measured(RESULTS)
+    for row in json.loads((RESULTS / "overhead-2core-epyc.json").read_text())["figures"]:
+        gradient = "" if row["gradient"] is None else row["gradient"]
+        assert f"| {row['call']} | {row['launches']} | {row['whole']} | {row['launchers']} | {gradient} |" in text
+
+
 def test_nothing_measured_says_so(tmp_path):
     assert measured(tmp_path) == "GPU figures: not yet measured."
 
