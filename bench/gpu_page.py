@@ -21,8 +21,7 @@ def page(document: dict[str, Any]) -> Page:
     if kernels is not None:
         kernel_page.add_measured(made, kernels)
     for part in document["parts"]:
-        result = part.get("result") or {}
-        if result.get("bench") != "kernels" and (rows := readme.plain_rows(result)):
-            made.heading(part["name"])
-            made.table(*rows)
+        for name, columns, rows in readme.plain_tables(part):
+            made.heading(name)
+            made.table(columns, rows)
     return made

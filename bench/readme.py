@@ -141,9 +141,8 @@ def gpu_run(document: Document, *, whole: bool = True) -> str:
         blocks.append(table(*kernel_table(rows)))
         blocks.append(_wrapped(_NOTES))
     for part in document["parts"]:
-        result = part.get("result") or {}
-        if result.get("bench") != "kernels" and (found := plain_rows(result)):
-            blocks.append(f"{part['name']}:\n\n{table(*found)}")
+        if whole or part["name"] != "verify":
+            blocks += [f"{name}:\n\n{table(columns, rows)}" for name, columns, rows in plain_tables(part)]
     return "\n\n".join(blocks)
 
 
@@ -186,21 +185,29 @@ def kernel_table(rows: Sequence[Document]) -> tuple[Columns, Rows]:
     return columns, lines
 
 
-def plain_rows(result: Document) -> tuple[Columns, Rows] | None:
-    """Any benchmark's `rows` as a table: the figures that are single numbers or words."""
-    rows = [row for row in result.get("rows", []) if isinstance(row, dict)]
-    columns = list(
-        dict.fromkeys(key for row in rows for key, each in row.items() if isinstance(each, int | float | str))
-    )
-    if not columns:
-        return None
-    return columns, [[_cell(row.get(key)) for key in columns] for row in rows]
+def plain_tables(part: Document) -> list[tuple[str, Columns, Rows]]:
+    """Name, columns and rows of whatever a part but the kernels found: lists of rows, their numbers and words."""
+    result = part.get("result") or {}
+    if result.get("bench") == "kernels":
+        return []
+    found = []
+    for key, value in result.items():
+        rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+        plain = (name for row in rows for name, each in row.items() if isinstance(each, int | float | str))
+        columns = list(dict.fromkeys(plain))
+        if columns:
+            found.append(
+                (f"{part['name']}, {key}", columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+            )
+    return found
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.0e}" if 0 < abs(value) < 1e-3 else digits(value)
-    return value if isinstance(value, str) else "" if value is None else str(value)
+    return str(value) if isinstance(value, int | str) else ""
 
 
 def table(columns: Columns, rows: Rows) -> str:

@@ -67,7 +67,8 @@ def test_a_gpu_run_becomes_tables(tmp_path):
         (tmp_path / f"gpu-h100-{date}.json").write_text(json.dumps(document))
 
     stored("2026-01-01", [])
-    memory = {"rows": [{"what": "x", "bytes": 5, "list": []}]}
+    loads = [{"what": "x", "bytes": 5, "list": []}, {"what": "y", "met": True, "small": 1e-5, "wide": 1234.5}]
+    memory = {"device": "cuda", "loads": loads, "footprints": []}
     parts = [
         {"name": "kernels", "state": "cut short", "seconds": 9.0, "result": KERNELS},
         {"name": "memory", "state": "done", "seconds": 1.0, "result": memory},
@@ -79,7 +80,8 @@ def test_a_gpu_run_becomes_tables(tmp_path):
     assert "2026-01-03" in text
     assert between(replaced(f"{BEGIN}\n{END}", text)) == text
     assert "| gelu | GPT-2, 8 x 9 | forward | 0.0100 | 1.50 TB/s | 50% | torch | 2.00 x | 1e-04 |" in text
-    assert "| what | bytes |\n| --- | --- |\n| x | 5 |" in text
+    wanted = "| what | bytes | met | small | wide |\n| --- | --- | --- | --- | --- |\n| x | 5 |  |  |  |\n"
+    assert f"memory, loads:\n\n{wanted}| y |  | yes | 1e-05 | 1234 |" in text
     assert "Kernels: " not in text
     compiled = KERNELS["rows"][1] | {"provider": "torch.compile", "seconds": 1.5e-5, "speedup_of_ours": 1.5}
     again = {"name": "compiled", "state": "done", "seconds": 9.0, "result": KERNELS | {"rows": [compiled]}}
