@@ -33,7 +33,7 @@ class Case(NamedTuple):
     op: str  # a key of `bench.rivals.OPS`
     model: str
     shape: str  # as tables print it
-    size: int  # what plots have along: rows, positions, elements
+    size: int  # rows, positions or elements, for who plots the JSON
     dtype: torch.dtype
     inputs: Callable[[Draw], Inputs]
     leaves: tuple[str, ...] = ()  # what gradients are taken of; none: forward only

@@ -111,7 +111,7 @@ def predict_all(cases: Sequence[Any], json_file: Path | None) -> dict[str, Any]:
     from bench import kernel_tables
     from bench.predicted import predict
 
-    print("No CUDA GPU here: nothing is measured. What the roofs of four GPUs allow, by the compile report:")
+    print("No CUDA GPU here: nothing is measured. The least time of an H100's launches, by four GPUs' data sheets:")
     rows = [row for case in cases for row in predict(case)]
     document = {"bench": "kernels", "predicted": True, "machine": machine(), "rows": rows}
     for table in kernel_tables.predicted(rows):

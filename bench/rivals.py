@@ -49,7 +49,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     torch._dynamo.reset()  # of another case: a function is compiled for eight shapes, and then no more
     functorch.donated_buffer = False  # so that a graph can be kept and its backward pass timed again and again
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")  # it makes the mask
+    warnings.filterwarnings(
+        "ignore", message="Dynamo detected a call to a `functools.lru_cache`"
+    )  # which keeps the mask
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

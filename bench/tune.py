@@ -1,7 +1,7 @@
 """Tiles tried on this GPU: what `python -m bench.kernels --tune OP` does, and the rows to paste.
 
 A candidate takes the place of what a tile table gives, in the launcher that asks for it. It has to compile, to
-pass the gate, and is then timed beside the others and the present tile, as `bench.kernels` times providers.
+pass the gate, and is then timed side by side with the present tile, as `bench.kernels` times providers.
 """
 
 import contextlib
