@@ -35,6 +35,10 @@ class ContextError(ModelError):
     """More tokens than the model has positions for."""
 
 
+class DataError(ModelError):
+    """Training data that cannot be read, or that has nothing to train on."""
+
+
 class LoadNotice(UserWarning):
     """Something about a checkpoint that loads, which its user should know."""
 
