@@ -283,7 +283,7 @@ def test_ten_million_tokens_are_packed_in_seconds():
     documents = numbered(*lengths)
     start = time.process_time()
     windows = pack(documents, 1024)
-    assert time.process_time() - start < 10  # 1.5 s measured
+    assert time.process_time() - start < 10  # 0.8 s on an idle core
     assert (windows.targets != IGNORE).sum() == (lengths - 1).sum()
 
 

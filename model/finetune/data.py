@@ -58,7 +58,7 @@ def read_documents(
     Raises:
         DataError: what is wrong, with its line; up to eight faults of a file at once.
 
-    Cost: encoding takes about 1 s a megabyte and core; all ids are in memory, 5 bytes a token.
+    Cost: encoding takes about half a second a megabyte; all ids are in memory, 5 bytes a token.
     """
     if tokenizer is not None:
         eos = tokenizer.backend.token_to_id(_EOS) if eos is None else eos
