@@ -39,6 +39,10 @@ class DataError(ModelError):
     """Training data that cannot be read, or that has nothing to train on."""
 
 
+class TrainingError(ModelError):
+    """A run of fine-tuning that cannot start, cannot be resumed, or has come to nothing."""
+
+
 class LoadNotice(UserWarning):
     """Something about a checkpoint that loads, which its user should know."""
 
