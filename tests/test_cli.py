@@ -2,66 +2,20 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command import start
 from damage import DAMAGE, edit_config, make
 
 import model
 from model.cli import app
-from model.cli.app import main
 from model.load import BUNDLED
 
 PROMPT = "And Moses said unto"
 GOLDEN = [259, 341, 12, 303, 491, 259, 341, 482, 386, 26]
-COMMAND = Path(sys.executable).with_name("gpukernels")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: its exit code, standard output, and standard error."""
-
-    def go(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpukernels", *map(str, arguments)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        else:
-            code = 0
-        out, err = capsys.readouterr()
-        return int(code or 0), out, err
-
-    return go
-
-
-@pytest.fixture
-def refused(run):
-    """Runs a command that is a mistake; the lines that say so."""
-
-    def go(*arguments: str, stdin: bytes | None = None, lines: int | None = 1) -> list[str]:
-        code, out, err = run(*arguments, stdin=stdin)
-        found = err.splitlines()
-        assert (code, out) == (2, "")
-        assert all(line.startswith("error: ") and line.isprintable() for line in found)
-        assert found if lines is None else len(found) == lines
-        return found
-
-    return go
-
-
-def start(*arguments: str | bytes, **options) -> subprocess.Popen:
-    """Starts the installed command."""
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "RUST_BACKTRACE": "0"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **options)
-
 
 # --- generate
 

@@ -105,10 +105,13 @@ class Log:
         if self._file is None:
             return
         self._file.close()
-        if installed("matplotlib"):
-            plot(read(self._path), self._path.parent / "loss.png")
-        else:
+        if not installed("matplotlib"):
             self._progress.note("no plot: matplotlib is not installed")
+            return
+        try:
+            plot(read(self._path), self._path.parent / "loss.png")
+        except OSError as fault:  # a full disk: what ended the run shall be heard
+            self._progress.note(f"no plot: {fault.strerror or fault}")
 
     def __enter__(self) -> "Log":
         return self

@@ -151,7 +151,7 @@ class Trainer:
         targets = self.train.targets(numbers)
         factor = self.scale.value / max(1, targets)
         self.optimizer.zero()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         passes = list(self.train.passes(numbers, self.device))
         for place, batch in enumerate(passes):
             # Gradients that are added up in place cross the network once.
@@ -180,7 +180,7 @@ class Trainer:
         began, progress = time.monotonic(), self.progress
         total, targets = self.gradient(progress.step)
         # The one moment in a step in which the host waits for the device.
-        loss, norm = torch.stack([self.world.add(total), self.optimizer.norm()]).tolist()
+        loss, norm = torch.stack([self.world.add(total), self.optimizer.norm().double()]).tolist()
         self.loss, norm = loss / max(1, targets), norm / self.scale.value
         rate, scale = self.rates(progress.step - progress.skipped), self.scale.value
         finite = math.isfinite(norm)
