@@ -149,7 +149,9 @@ class Optimizer:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Views of the buffers by "first_moment/NAME": float32, in no order that matters."""
-        return {f"{kind}/{name}": self.view(flat, name) for kind, flat in self.buffers().items() for name in self.places}
+        return {
+            f"{kind}/{name}": self.view(flat, name) for kind, flat in self.buffers().items() for name in self.places
+        }
 
     def restore(self, state: Mapping[str, torch.Tensor], updates: int) -> None:
         """Takes the values of `state`, as it was after so many updates."""
@@ -168,5 +170,3 @@ class Optimizer:
 def clipping(norm: float, most: float | None) -> float:
     """What a gradient of this norm is multiplied by, so that its norm is `most` at most."""
     return most / norm if most is not None and norm > most else 1.0
-
-
