@@ -1,5 +1,6 @@
 """How much memory a model takes, from its shape alone."""
 
+import sys
 from dataclasses import dataclass
 
 from model import gpt2
@@ -41,6 +42,16 @@ def predict(config: GPT2Config, dtype: str, *, head: bool | None = None, context
         kv_cache=2 * config.n_layer * context * config.n_embd * WIDTHS[dtype],
         logits=config.vocab_size * 4,
     )
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def human(nbytes: int) -> str:

@@ -10,12 +10,12 @@ import warnings
 
 import typer
 
-from model.cli import check, demo, env, generate, info
+from model.cli import check, demo, env, finetune, generate, info
 from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
     name="gpukernels",
-    help="GPT-2 models from Hugging Face checkpoints: generate text, inspect, check.",
+    help="GPT-2 models from Hugging Face checkpoints: generate text, fine-tune, inspect, check.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("check")(check.check)
+app.command("finetune")(finetune.finetune)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 

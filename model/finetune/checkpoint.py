@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors import safe_open
 from model.device import TorchDevice
 from model.errors import CheckpointError, TrainingError
 from model.files import read_json
-from model.parameters import Parameters, Slot
+from model.parameters import Slot
 from model.save import write_tensors
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -144,7 +144,7 @@ def read_tensors(folder: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, 
     return found
 
 
-def fingerprint(arrays: Sequence[Any]) -> str:
+def fingerprint(arrays: Iterable[Any]) -> str:
     """A checksum of arrays' bytes, NumPy's or torch's."""
     total = 0
     for array in arrays:
@@ -152,10 +152,6 @@ def fingerprint(arrays: Sequence[Any]) -> str:
             array = TorchDevice(array.device).to_bytes(array)
         total = zlib.crc32(np.ascontiguousarray(array), total)
     return f"{total:08x}"
-
-
-def model_fingerprint(parameters: Parameters) -> str:
-    return fingerprint(list(parameters.values()))
 
 
 def _sync(path: Path) -> None:

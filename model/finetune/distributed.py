@@ -77,12 +77,14 @@ def joined(device: torch.device) -> Iterator[World]:
     if not launched():
         yield World()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
 
 
-def _add_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _add_gradients(_state: None, bucket: "dist.GradBucket") -> torch.futures.Future[torch.Tensor]:
     """DistributedDataParallel's own hook would divide by the number of ranks."""
     done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return done.then(lambda future: future.value()[0])

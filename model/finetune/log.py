@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 
@@ -36,7 +36,7 @@ class Log:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         total: int,
         done: int = 0,
@@ -48,7 +48,7 @@ class Log:
         """Opens the log of a run.
 
         Args:
-            folder: of the run; made if it is not there.
+            folder: of the run; made if it is not there. None: no file is written, and trackers are objects.
             total: optimizer steps of the whole run.
             done: steps that a resumed run begins with; lines behind them are dropped. 0: a new log.
             flops_per_token: of forward and backward together, for the share of `peak`.
@@ -60,10 +60,13 @@ class Log:
         """
         self._trackers = make_trackers(trackers, folder, done=done)
         self._flops, self._peak = flops_per_token, peak
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / NAME
-        _cut(self._path, done)
-        self._file: TextIO | None = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._path, self._file = None, None
+        self._open = True
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / NAME
+            _cut(self._path, done)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._progress = Progress(total, done, console or Console(stderr=True, highlight=False))
 
     def step(self, record: dict[str, Any]) -> None:
@@ -93,13 +96,15 @@ class Log:
 
     def close(self) -> None:
         """Closes file and display, and draws `loss.png`. A second time does nothing."""
-        if self._file is None:
+        if not self._open:
             return
+        self._open = False
         self._progress.close()
-        self._file.close()
-        self._file = None
         for tracker in self._trackers:
             tracker.close()
+        if self._file is None:
+            return
+        self._file.close()
         if installed("matplotlib"):
             plot(read(self._path), self._path.parent / "loss.png")
         else:
@@ -112,11 +117,12 @@ class Log:
         self.close()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        if self._file is None:
+        if not self._open:
             raise ValueError("the log is closed")
         line = {"kind": kind, **{key: _finite(value) for key, value in record.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         for tracker in self._trackers:
             tracker.log(line)
 

@@ -4,7 +4,6 @@ Parameters and gradients are views of two flat buffers, matrices first: they alo
 one launch; on the CPU it goes through the buffers in pieces that stay in the cache.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 

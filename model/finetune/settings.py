@@ -40,7 +40,8 @@ class Settings:
         clip: the largest global norm of a gradient; None: any.
 
     What trains:
-        freeze, unfreeze: patterns of parameter names ("blocks.0.*"). layers: a range of blocks ("8:").
+        freeze, unfreeze: patterns of parameter names ("blocks.0.*"). layers: a range of blocks ("2-5"). See
+            `trainable.select`.
 
     Evaluation:
         evaluate_every: optimizer steps between evaluations; None: an epoch. The best weights are kept.
@@ -127,6 +128,8 @@ class Settings:
             yield "validation", "a share from 0 to below 1"
         if not (whole(self.seed) and 0 <= self.seed < 2**63):
             yield "seed", "a whole number, 0 or more"
+        if not (self.layers is None or isinstance(self.layers, str)):
+            yield "layers", 'a range like "2-5", or None'
         if self.dtype not in ("auto", *DTYPES):
             yield "dtype", f"{', '.join(DTYPES)} or auto"
 

@@ -70,9 +70,11 @@ def check_trackers(names: Sequence[str | Tracker]) -> None:
             raise ModelError(f"{name} is not installed: pip install {package}")
 
 
-def make_trackers(names: Sequence[str | Tracker], folder: Path, *, done: int) -> list[Tracker]:
+def make_trackers(names: Sequence[str | Tracker], folder: Path | None, *, done: int) -> list[Tracker]:
     """The trackers of a run, by name or as they are; nothing is made where one of them is not there."""
     check_trackers(names)
+    if folder is None and any(isinstance(name, str) for name in names):
+        raise ModelError("a tracker by name writes into the run's folder: give one (out)")
     return [TRACKERS[name][0](folder, done) if isinstance(name, str) else name for name in names]
 
 

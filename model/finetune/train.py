@@ -6,7 +6,7 @@ however many forward passes and processes make it: each loss is a sum, divided b
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from model.errors import TrainingError
 from model.finetune import checkpoint
 from model.finetune.batches import Batches
 from model.finetune.distributed import World
+from model.finetune.log import Log
 from model.finetune.modules import Network
 from model.finetune.optimizer import LossScale, Optimizer, clipping
 from model.finetune.settings import Settings
 from model.finetune.stop import Stop, asked_to_stop
+from model.memory import peak_memory
 
 # So many gradients in a row that are not finite are no accident of the loss scale, which is below 1 by then.
 _HOPELESS = 30
@@ -75,11 +77,10 @@ class Trainer:
     Args:
         network: with `requires_grad` of what trains.
         train, validation: the batches. No validation: no windows in it.
-        store: takes weights by name (`Network.weights`) and writes the model: called with the best whenever a
-            checkpoint is written, and at the end.
         started: what a run that is resumed must have in common with this one.
         out: where checkpoints go; None: nowhere.
-        log: what is told of each step and evaluation.
+        write: takes weights by name (`Network.weights`) and writes the model: the best or, without validation, the
+            last, beside each checkpoint and at the end.
     """
 
     def __init__(
@@ -90,13 +91,12 @@ class Trainer:
         settings: Settings,
         *,
         world: World,
-        log: Any,
         started: Mapping[str, Any],
         out: Path | None = None,
-        store: Any = None,
+        write: Callable[[dict[str, torch.Tensor]], None] | None = None,
     ):
         self.network, self.train, self.validation, self.settings = network, train, validation, settings
-        self.world, self.log, self.started, self.out, self.store = world, log, started, out, store
+        self.world, self.started, self.out, self.write = world, started, out, write
         weight = network.tokens.weight
         self.device, self.scale = weight.device, LossScale.of(weight.dtype)
         self.optimizer = Optimizer(
@@ -116,8 +116,9 @@ class Trainer:
 
     # --- the run
 
-    def run(self) -> Result:
+    def run(self, log: Log) -> Result:
         """Trains until there is a reason to stop; the network then holds the best weights, or the last."""
+        self.log = log
         began, before = time.monotonic(), self.progress.seconds
         with asked_to_stop() as stop:
             reason = self._evaluated(None)
@@ -203,7 +204,8 @@ class Trainer:
                 "rate": rate,
                 "gradient_norm": norm,
                 "tokens": targets,
-                "seconds": time.monotonic() - began,
+                "tokens_per_second": targets / (time.monotonic() - began),
+                "memory": self._memory(),
                 "skipped": progress.skipped,
                 "loss_scale": scale,
             }
@@ -235,6 +237,12 @@ class Trainer:
         patience = self.settings.patience
         return "early stopping" if patience is not None and progress.waited >= patience else None
 
+    def _memory(self) -> int | None:
+        """Bytes at most so far, on the device that trains."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return peak_memory()
+
     # --- what is kept
 
     def _saves(self) -> bool:
@@ -255,14 +263,16 @@ class Trainer:
             "started": self.started,
         }
         checkpoint.write(self.out, self.progress.step, tensors, document)
+        if self.best is None or self.progress.best_step == self.progress.step:
+            self.write(self.network.weights())
 
     def _end(self, reason: str) -> None:
         if reason in ("max_time", "interrupted"):
             self._save()
         if self.best is not None:
             self.optimizer.set(self.best)
-        if self.world.leads and self.store is not None:
-            self.store(self.network.weights())
+        if self.world.leads and self.write is not None:
+            self.write(self.network.weights())
         if self.out is not None and self.world.leads and reason not in ("max_time", "interrupted"):
             checkpoint.drop(self.out)
         self.world.wait()
