@@ -8,16 +8,20 @@ import numpy as np
 import peft
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 import model
 from model.adapter import LowRank, merge, products, read_adapter, write_adapter
+from model.cli.app import main
 from model.config import GPT2Config
 from model.errors import CheckpointError, ModelError
-from model.finetune.lora import Lora, adapters, attach
+from model.finetune.adapters import adapters, attach
+from model.finetune.lora import Lora
 from model.finetune.modules import Network
+from model.load import locate
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
 ALL = ("qkv", "projection", "up", "down")
@@ -294,3 +298,65 @@ def test_a_folder_without_an_adapter_is_refused(folder, tmp_path):
     blocked.touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_adapter(blocked, CONFIG, {"blocks.0.qkv": LowRank(np.ones((1, 32)), np.ones((96, 1)), 1.0)}, alpha=1)
+
+
+TEXTS = [" ".join(["And God said unto Moses", "Let there be light"][each % 2 :] * (each % 5 + 1)) for each in range(24)]
+OPTIONS = {"context": 32, "batch_size": 4, "max_steps": 4, "learning_rate": 1e-2, "validation": 0.2}
+
+
+def test_a_run_keeps_its_adapter_for_peft_and_for_ours(tmp_path):
+    out = tmp_path / "out"
+    lm = model.load("tiny-gpt2", device="cpu")
+    untrained = lm.logits(IDS)
+    options = {"lora_rank": 4, "lora_targets": ["qkv", "blocks.0.up"], "keep_adapter": True}
+    lm.finetune(TEXTS, out=out, console=Console(quiet=True), **OPTIONS, **options)
+    assert np.abs(lm.logits(IDS) - untrained).max() > 0.1
+    base = model.load("tiny-gpt2", device="cpu")
+    base.load_adapter(out)
+    base.save(tmp_path / "merged")
+    judge = peft_model(locate("tiny-gpt2"), out)
+    # Logits of up to 20, six blocks: the roundings of two orders of summing.
+    assert np.abs(lm.logits(IDS) - theirs(judge)).max() < 2e-4
+    assert np.abs(base.logits(IDS) - theirs(judge)).max() < 2e-4
+    assert not (out / "model.safetensors").exists()
+    with pytest.raises(ModelError, match="no run to resume"):
+        lm.finetune(TEXTS, out=out, resume=True, console=Console(quiet=True), **OPTIONS, **options)
+
+
+def test_a_run_merges_its_adapter_where_it_is_not_kept(tmp_path):
+    lm = model.load("tiny-gpt2", device="cpu")
+    lm.finetune(TEXTS, out=tmp_path / "out", console=Console(quiet=True), **OPTIONS, lora_rank=2)
+    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert np.abs(lm.logits(IDS) - theirs(saved)).max() < 2e-4
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_rank": 4, "layers": "1"}, "choose layers by lora_targets"),
+        ({"lora_rank": 4, "freeze": ["*"]}, "choose layers by lora_targets"),
+        ({"keep_adapter": True}, "there is no adapter to keep: give lora_rank"),
+        ({"lora_rank": 4, "lora_targets": ["c_attn"]}, "'blocks.*.c_attn' matches nothing"),
+        ({"lora_rank": 0}, "rank of adapters must be a whole number"),
+        ({"lora_rank": 4, "lora_targets": "qkv"}, "lora_targets must be a list, got 'qkv'"),
+    ],
+)
+def test_a_run_refuses_what_it_cannot_do_before_it_writes(tmp_path, options, said):
+    lm = model.load("tiny-gpt2", device="cpu")
+    with pytest.raises(ModelError) as fault:
+        lm.finetune(TEXTS, out=tmp_path / "out", console=Console(quiet=True), **options)
+    assert said in str(fault.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_takes_an_adapter(folder, adapter, capsys, monkeypatch):
+    def said(*arguments):
+        monkeypatch.setattr("sys.argv", ["gpukernels", "generate", *arguments, "--device", "cpu"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr()
+
+    code, output = said("And", "--adapter", str(adapter))
+    assert (code, output.out) == (2, "")
+    assert "lora_A.weight is F32 (8, 32), wanted (8, 256)" in output.err
