@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from model import gpt2
+from model.adapter import merge, read_adapter
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
 from model.decoder import Decoder
@@ -318,6 +319,13 @@ class LanguageModel:
             tokenizer=self.tokenizer,
             folder=self._folder,
         )
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Adds a LoRA adapter in PEFT's layout to the weights, in place; to be without it, load the model again.
+
+        Raises CheckpointError for one that is damaged, does not fit, or asks for what is not computed here.
+        """
+        merge(self.parameters, read_adapter(Path(folder), self.config))
 
     def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
         rows, limits = request.rows, request.limits

@@ -27,7 +27,8 @@ def test_a_pattern_freezes_and_another_unfreezes():
 
 
 @pytest.mark.parametrize(
-    ("layers", "wanted"), [("4", {4}), ("2-5", {2, 3, 4, 5}), (" 11 ", {11}), (range(0, 12, 5), {0, 5, 10})]
+    ("layers", "wanted"),
+    [("4", {4}), ("2-5", {2, 3, 4, 5}), (" 11 ", {11}), ("9-", {9, 10, 11}), (range(0, 12, 5), {0, 5, 10})],
 )
 def test_layers_train_alone(layers, wanted):
     found = select(SIZES, layers=layers)
@@ -41,15 +42,16 @@ def test_layers_train_alone(layers, wanted):
     [
         (
             {"freeze": ["blocks.3.qvk.weight"]},
-            "'blocks.3.qvk.weight' matches no parameter; there is blocks.*.qkv.weight",
+            "'blocks.3.qvk.weight' matches nothing; there is blocks.*.qkv.weight",
         ),
-        ({"unfreeze": ["wte"]}, "'wte' matches no parameter; there is tokens.weight, "),
+        ({"unfreeze": ["wte"]}, "'wte' matches nothing; there is tokens.weight, "),
         ({"freeze": ["Tokens.weight"]}, "there is tokens.weight"),
-        ({"freeze": ["blocks.12.*"]}, "'blocks.12.*' matches no parameter"),
+        ({"freeze": ["blocks.12.*"]}, "'blocks.12.*' matches nothing"),
         ({"freeze": ["*"]}, "nothing would train: every parameter is frozen"),
         ({"layers": "12"}, "layers must be from 0 to 11, the model's last, got 12-12"),
+        ({"layers": "12-"}, "from 0 to 11, the model's last, got none"),
         ({"layers": "5-2"}, "from 0 to 11, the model's last, got none"),
-        ({"layers": "last"}, 'layers must be like "4" or "2-5", got \'last\''),
+        ({"layers": "last"}, 'layers must be like "4", "2-5" or "8-", got \'last\''),
         ({"layers": range(-2, 0)}, "got -2--1"),
     ],
 )

@@ -60,6 +60,22 @@ def finetune(
         typer.Option(help="Names that train in spite of that; may be given again.", show_default=False),
     ] = None,
     layers: Annotated[str | None, typer.Option(help='Only these blocks train: "2-5".', show_default=False)] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank, and not the weights.", show_default=False)
+    ] = None,
+    lora_alpha: Annotated[float, typer.Option(help="Of adapters: their scale is alpha / rank.")] = _D.lora_alpha,
+    lora_target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Layers with adapters: qkv (the default), projection, up, down, or "blocks.0.*".', show_default=False
+        ),
+    ] = None,
+    lora_rank_stabilized: Annotated[
+        bool, typer.Option("--lora-rank-stabilized", help="The scale is alpha / sqrt(rank).")
+    ] = False,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Write the adapter, in PEFT's layout, and no model.")
+    ] = False,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations; default an epoch.", show_default=False)
     ] = None,
@@ -106,6 +122,11 @@ def finetune(
         "freeze": freeze or (),
         "unfreeze": unfreeze or (),
         "layers": layers,
+        "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha,
+        "lora_targets": lora_target or _D.lora_targets,
+        "lora_rank_stabilized": lora_rank_stabilized,
+        "keep_adapter": keep_adapter,
         "evaluate_every": evaluate_every,
         "patience": patience,
         "save_every": save_every,

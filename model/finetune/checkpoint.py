@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from model import adapter
+from model.checkpoint import WEIGHTS_NAME
 from model.device import TorchDevice
 from model.errors import CheckpointError, TrainingError
 from model.files import read_json
@@ -62,7 +64,8 @@ def check_out(out: Path, *, resume: bool) -> None:
         raise TrainingError(f"{out}: is not a folder")
     if not resume and any(out.iterdir()):
         raise TrainingError(f"{out}: exists; give another folder, or resume the run that it holds")
-    if resume and newest(out) is None and (out / "model.safetensors").exists():
+    made = any((out / name).exists() for name in (WEIGHTS_NAME, adapter.WEIGHTS_NAME))
+    if resume and newest(out) is None and made:
         raise TrainingError(f"{out}: holds a model and no checkpoint: there is no run to resume, or it has finished")
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from model.adapter import products, write_adapter
 from model.errors import DataError
 from model.finetune import checkpoint
+from model.finetune.adapters import adapters, attach
 from model.finetune.batches import Batches
 from model.finetune.data import Document, read_documents, split_documents
 from model.finetune.distributed import World, joined
@@ -54,17 +56,31 @@ def finetune(
         if not world.leads:
             console = Console(quiet=True)
 
-        chosen = select(list(parameters), settings.freeze, settings.unfreeze, settings.layers)
+        lora = settings.lora
+        if lora is None:
+            chosen = select(list(parameters), settings.freeze, settings.unfreeze, settings.layers)
+        else:
+            layers = lora.layers(products(lm.config))
         train, validation = (pack(part, context) for part in _documents(lm, dataset, validation_data, settings))
-        console.print(table(_sizes(lm), chosen, tied="head.weight" not in parameters))
         dtype = parameters.dtype if device.type == "cuda" else "float32"
         dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
         network = Network(parameters, lm.config, dtype=dtype, recompute=settings.recompute)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name in chosen)
+        if lora is None:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(name in chosen)
+        else:
+            attach(network, layers, lora, settings.seed)
+            chosen = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        console.print(table(sizes, chosen, tied="head.weight" not in parameters))
 
-        def write(weights: dict[str, torch.Tensor]) -> None:
-            _save(lm, out, weights)
+        def write() -> None:
+            if settings.keep_adapter:
+                base = None if lm._folder is None else str(lm._folder)
+                options = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "base": base}
+                write_adapter(out, lm.config, adapters(network), **options)
+            else:
+                _save(lm, out, network.weights())
 
         trainer = Trainer(
             network,
@@ -119,10 +135,6 @@ def _documents(
         if (name == "training" or wanted) and not any(each.wanted[1:].any() for each in documents):
             raise DataError(f"{name}: no document has a token that follows another: there is nothing to predict")
     return train, validation
-
-
-def _sizes(lm: "LanguageModel") -> dict[str, int]:
-    return {name: slot.size for name, slot in lm.parameters.slots.items()}
 
 
 def _started(

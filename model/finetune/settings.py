@@ -8,6 +8,7 @@ from typing import Any
 from model.config import GPT2Config
 from model.device import DTYPES
 from model.errors import TrainingError
+from model.finetune.lora import Lora
 from model.finetune.schedule import KINDS, Schedule
 from model.sampling import whole
 
@@ -78,6 +79,11 @@ class Settings:
     freeze: tuple[str, ...] = ()
     unfreeze: tuple[str, ...] = ()
     layers: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ("qkv",)
+    lora_rank_stabilized: bool = False
+    keep_adapter: bool = False
     recompute: bool = False
     dtype: str = "auto"
 
@@ -90,7 +96,7 @@ class Settings:
         return cls(**options)
 
     def __post_init__(self):
-        for name in ("betas", "freeze", "unfreeze"):
+        for name in ("betas", "freeze", "unfreeze", "lora_targets"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise TrainingError(f"{name} must be a list, got {value!r}")
@@ -98,6 +104,20 @@ class Settings:
         problems = [f"{name} must be {fault}, got {getattr(self, name)!r}" for name, fault in self._faults()]
         if problems:
             raise TrainingError(problems)
+        chosen = self.lora and (self.freeze or self.unfreeze or self.layers is not None)
+        if chosen:
+            raise TrainingError(
+                "with adapters nothing else trains: choose layers by lora_targets, not by freeze or layers"
+            )
+        if self.keep_adapter and self.lora is None:
+            raise TrainingError("there is no adapter to keep: give lora_rank")
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that train, or None where the weights do."""
+        if self.lora_rank is None:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_rank_stabilized)
 
     def _faults(self):
         """(option, what it must be) for each that makes no sense."""

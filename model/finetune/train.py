@@ -79,8 +79,8 @@ class Trainer:
         train, validation: the batches. No validation: no windows in it.
         started: what a run that is resumed must have in common with this one.
         out: where checkpoints go; None: nowhere.
-        write: takes weights by name (`Network.weights`) and writes the model: the best or, without validation, the
-            last, beside each checkpoint and at the end.
+        write: writes the network as it is: with the best weights or, without validation, the last, beside each
+            checkpoint and at the end.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainer:
         world: World,
         started: Mapping[str, Any],
         out: Path | None = None,
-        write: Callable[[dict[str, torch.Tensor]], None] | None = None,
+        write: Callable[[], None] | None = None,
     ):
         self.network, self.train, self.validation, self.settings = network, train, validation, settings
         self.world, self.started, self.out, self.write = world, started, out, write
@@ -264,7 +264,7 @@ class Trainer:
         }
         checkpoint.write(self.out, self.progress.step, tensors, document)
         if self.best is None or self.progress.best_step == self.progress.step:
-            self.write(self.network.weights())
+            self.write()
 
     def _end(self, reason: str) -> None:
         if reason in ("max_time", "interrupted"):
@@ -272,7 +272,7 @@ class Trainer:
         if self.best is not None:
             self.optimizer.set(self.best)
         if self.world.leads and self.write is not None:
-            self.write(self.network.weights())
+            self.write()
         if self.out is not None and self.world.leads and reason not in ("max_time", "interrupted"):
             checkpoint.drop(self.out)
         self.world.wait()

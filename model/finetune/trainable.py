@@ -14,7 +14,7 @@ from rich.table import Table
 from model.errors import ModelError
 
 _LAYERED = re.compile(r"blocks\.(\d+)\.(.+)")
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d+)(?:(-)(\d+)?)?")
 
 
 def select(
@@ -30,7 +30,7 @@ def select(
         freeze: patterns of names that do not train.
         unfreeze: patterns of names that train although `freeze` or `layers` would not let them.
         layers: of the blocks, only these train, and nothing outside the blocks: "4", "2-5" with both
-            ends, or a `range`. None: all.
+            ends, "8-" to the last, or a `range`. None: all.
 
     Raises ModelError for a pattern that matches nothing, with the names that it may have meant, for layers
     that are not there, and where nothing would train.
@@ -57,7 +57,7 @@ def matching(names: Iterable[str], pattern: str) -> set[str]:
         # One name for all layers: the error should not list the same six times.
         kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
         close = difflib.get_close_matches(re.sub(r"\.\d+\.", ".*.", pattern), kinds, n=3, cutoff=0.4) or list(kinds)
-        raise ModelError(f"{pattern!r} matches no parameter; there is {', '.join(close)}")
+        raise ModelError(f"{pattern!r} matches nothing; there is {', '.join(close)}")
     return found
 
 
@@ -90,9 +90,9 @@ def _layers(layers: str | range, count: int) -> range:
     if isinstance(layers, str):
         found = _RANGE.fullmatch(layers.strip())
         if not found:
-            raise ModelError(f'layers must be like "4" or "2-5", got {layers!r}')
-        first = int(found[1])
-        layers = range(first, int(found[2] or first) + 1)
+            raise ModelError(f'layers must be like "4", "2-5" or "8-", got {layers!r}')
+        first, last = int(found[1]), count - 1 if found[2] else found[1]
+        layers = range(first, int(found[3] or last) + 1)
     if not layers or min(layers) < 0 or max(layers) >= count:
         shown = f"{layers[0]}-{layers[-1]}" if layers else "none"
         raise ModelError(f"layers must be from 0 to {count - 1}, the model's last, got {shown}")
