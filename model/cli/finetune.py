@@ -163,6 +163,7 @@ def finetune(
     if result.validation_loss is not None:
         best = f"; best at step {result.best_step}: validation loss {result.validation_loss:.4f}"
         best += f", perplexity {result.perplexity:.2f}"
-    print(f"{result.reason} after {result.steps} steps{best}; written to {out}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{result.reason} after {result.steps} steps{best}; written to {out}")
     if result.signal is not None:
         sys.exit(128 + result.signal)

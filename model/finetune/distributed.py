@@ -84,7 +84,7 @@ def joined(device: torch.device) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _add_gradients(_state: None, bucket: "dist.GradBucket") -> torch.futures.Future[torch.Tensor]:
+def _add_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """DistributedDataParallel's own hook would divide by the number of ranks."""
     done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return done.then(lambda future: future.value()[0])
