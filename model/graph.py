@@ -86,23 +86,26 @@ def _variant(needed: Iterable[str]) -> tuple[str, ...]:
 
 
 class _CudaCapture:
-    """`Capture` by torch; the graphs share one pool of memory, as only one runs at a time."""
+    """`Capture` by torch, on one stream; the graphs share one pool of memory, as only one runs at a time."""
 
     def __init__(self, device: str):
         import torch
 
-        self._torch, self._device, self._pool = torch, torch.device(device), None
+        self._torch, self._device = torch, torch.device(device)
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream()  # torch's own for captures is of the device that captured first
+        self._pool = None
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        cuda = self._torch.cuda
+        cuda, stream = self._torch.cuda, self._stream
         with cuda.device(self._device):
-            side = cuda.Stream()
-            side.wait_stream(cuda.current_stream())
-            with cuda.stream(side):
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
                 function()
-            cuda.current_stream().wait_stream(side)
+            cuda.current_stream().wait_stream(stream)
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph, pool=self._pool):
+            # Other threads may go on using the device meanwhile.
+            with cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 result = function()
             self._pool = graph.pool()
         return graph.replay, result
