@@ -1,7 +1,7 @@
 """Models, requests and a captured form without CUDA, for the tests of decoders on every device."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,18 @@ def lively(device: Any, dtype: str = "float32") -> model.LanguageModel:
     return lm
 
 
-def generated(decoder: Decoder, *, slots: int, overflow: str = "error", eos: frozenset[int] = frozenset()) -> list:
-    """The tokens of REQUESTS, `slots` at a time."""
+def generated(
+    decoder: Decoder,
+    *,
+    slots: int,
+    overflow: str = "error",
+    eos: frozenset[int] = frozenset(),
+    only: Sequence[int] = range(len(REQUESTS)),
+) -> list:
+    """The tokens of REQUESTS, or of some of them, `slots` at a time."""
     rows = []
-    for stream, (prompt, new, sampling) in enumerate(REQUESTS):
+    for stream in only:
+        prompt, new, sampling = REQUESTS[stream]
         limits = Limits(decoder._config.n_positions, eos, overflow, new)
         rows.append(Row(prompt, limits=limits, sampling=sampling, seed=11, stream=stream, stops=(), tokenizer=None))
     for _ in run(decoder, rows, slots=slots, limits=limits):

@@ -22,15 +22,20 @@ def kernels_only(monkeypatch):
         monkeypatch.setattr(torch_ops, name, lambda *args, **options: pytest.fail("plain torch ran"))
 
 
-@pytest.mark.parametrize(("slots", "captured"), [(1, False), (3, True)], ids=["one by one", "joining and leaving"])
-def test_tokens_are_those_of_numpy(expected, slots, captured, kernels_only):
+# Alone: a long prompt with top-k, and greedily with a penalty.
+@pytest.mark.parametrize(
+    ("slots", "captured", "only"),
+    [(1, False, [2, 3]), (3, True, range(len(REQUESTS)))],
+    ids=["one by one", "joining and leaving"],
+)
+def test_tokens_are_those_of_numpy(expected, slots, captured, only, kernels_only):
     lm = lively(torch.device(DEVICE))
     if INTERPRETING:
         decoder = decoder_of(lm, rows=slots, captured=captured, ahead=captured)
     else:
         kind = GraphDecoder if captured else type(decoder_of(lm, rows=1))
         decoder = kind(lm.parameters, lm.config, rows=slots, capacity=lm.config.n_positions)
-    assert generated(decoder, slots=slots) == expected
+    assert generated(decoder, slots=slots, only=only) == [expected[each] for each in only]
 
 
 @pytest.mark.skipif(INTERPRETING, reason="graphs are CUDA's")
