@@ -1,10 +1,9 @@
 """A decode step as it is launched: how many kernels, which ones, and what they compile to."""
 
-import math
-
 import pytest
 import torch
 
+from bench import cost_card
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
 from gpukernels.launches import dependent_launches
@@ -46,10 +45,8 @@ def test_a_step_moves_the_weights_and_the_cache_and_little_else(preset, rows):
     """By what `cost` says of each launch, which tests/kernels/test_step_traffic.py holds against the loads."""
     config = PRESETS[preset]
     launches = record(lambda: step(preset, "float16", rows=rows), capability=90)
-    weights = sum(math.prod(slot.shape) for slot in slots(config) if slot.name != "positions.weight")
-    cache = 2 * config.n_layer * rows * config.n_positions * config.n_embd
-    moved = sum(cost(launch).moved for launch in launches)
-    assert 2 * (weights + cache) <= moved <= 1.05 * 2 * (weights + cache)
+    least = cost_card.step(config, "float16", batch=rows, context=config.n_positions).moved
+    assert least <= sum(cost(launch).moved for launch in launches) <= 1.05 * least
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
