@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from model import gpt2
+from model.batch import Batch
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
 from model.decoder import Decoder
 from model.device import choose_device, choose_dtype
 from model.errors import ConfigError, ContextError, LoadNotice, ModelError
-from model.generate import Generation, Row, run
+from model.generate import Generation, Limits, Row, run
 from model.graph import GraphDecoder, can_capture
 from model.load import fill, fill_random, locate, plan
 from model.parameters import Parameters
@@ -251,6 +252,28 @@ class LanguageModel:
         require_tokenizer(self.tokenizer, "text")
         return Stream(request.rows[0], self._run(request, 1))
 
+    def batch(self, batch_size: int = 8) -> Batch:
+        """Several prompts at once, which join and leave while others run; text as it comes from any of them.
+
+            with lm.batch(8) as batch:
+                first = batch.add("In the beginning", max_new_tokens=40)
+                for entry, piece in batch:
+                    print(entry is first, repr(piece))
+                    if entry.done and more:
+                        batch.add(more.pop(), temperature=0.8, seed=1)
+
+        Args:
+            batch_size: how many run together; others wait. Their keys and values are allocated here, for all
+                positions of the model.
+        """
+        require_count("batch_size", batch_size)
+        positions = self.config.n_positions
+        decoder = self._decoder(batch_size, positions)
+        return Batch(self._row, decoder, Limits(positions, frozenset()), self._give_back, batch_size)
+
+    def _row(self, prompt: Any, **options: Any) -> Row:
+        return self.stream(prompt, **options).row
+
     def save(self, target: str | Path) -> None:
         """Writes the model in Hugging Face layout, for transformers, vLLM, or `model.load`.
 
@@ -308,7 +331,7 @@ class Stream:
     """Pieces of text as they come; `result` after the last."""
 
     def __init__(self, row: Row, events: Iterator[tuple[Row, str]]):
-        self._row, self._events = row, events
+        self.row, self._events = row, events
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -322,4 +345,4 @@ class Stream:
     @property
     def result(self) -> Generation:
         """The whole; what there is so far, before the end."""
-        return self._row.result()
+        return self.row.result()
