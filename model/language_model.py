@@ -1,5 +1,6 @@
 """`LanguageModel`: a loaded model and everything that can be asked of it."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from model import gpt2
-from model.batch import Batch
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
 from model.decoder import Decoder
@@ -21,6 +21,7 @@ from model.parameters import Parameters
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
 from model.sampling import Sampling
 from model.save import save
+from model.stream import Batch, Stream
 from model.tokenizer import Tokenizer
 
 
@@ -232,7 +233,7 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         overflow: str = "error",
-    ) -> "Stream":
+    ) -> Stream:
         """Continues one prompt, text as it comes: an iterator of pieces that join to `generate`'s text.
 
         The arguments are those of `generate`, and are checked before the first piece is asked for.
@@ -270,6 +271,19 @@ class LanguageModel:
         positions = self.config.n_positions
         decoder = self._decoder(batch_size, positions)
         return Batch(self._row, decoder, Limits(positions, frozenset()), self._give_back, batch_size)
+
+    def warm_up(self, batch_size: int = 1) -> float:
+        """Compiles and captures what so many rows need on CUDA, for all calls to come; the seconds that it took.
+
+        Without it the first calls do so as they need it. Elsewhere there is nothing to do.
+        """
+        require_count("batch_size", batch_size)
+        if not can_capture(self.parameters, self.config):
+            return 0.0
+        decoder, started = self._decoder(batch_size, self.config.n_positions), time.perf_counter()
+        decoder.warm_up()
+        self._give_back(decoder)
+        return time.perf_counter() - started
 
     def _row(self, prompt: Any, **options: Any) -> Row:
         return self.stream(prompt, **options).row
@@ -325,24 +339,3 @@ class LanguageModel:
 
     def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:
         return read_request(prompt, self.config, self.tokenizer, eos=self.eos_token_ids, sampling=sampling, **options)
-
-
-class Stream:
-    """Pieces of text as they come; `result` after the last."""
-
-    def __init__(self, row: Row, events: Iterator[tuple[Row, str]]):
-        self.row, self._events = row, events
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        for _, piece in self._events:
-            if piece:
-                return piece
-        raise StopIteration
-
-    @property
-    def result(self) -> Generation:
-        """The whole; what there is so far, before the end."""
-        return self.row.result()

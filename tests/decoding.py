@@ -81,3 +81,22 @@ def decoder_of(
         decoder = Decoder(lm.parameters, config, **options)
     decoder.ahead = ahead
     return decoder
+
+
+def check_a_row_that_is_not_finite(lm: model.LanguageModel, *, captured: bool) -> None:
+    """It says -1, and its neighbours say what they do alone: three rows of a bucket of four."""
+    options = Sampling(temperature=0.7, top_k=20, repetition_penalty=1.2)
+
+    def tokens(*prompts):
+        decoder = decoder_of(lm, rows=6, captured=captured)
+        first = [decoder.start(row, prompt, options, seed=5)()[0] for row, prompt in enumerate(prompts)]
+        return [first] + [decoder.step(len(prompts))() for _ in range(3)]
+
+    prompts = [[2, 7], [1, 2, 3, 4], [5]]
+    wanted = tokens(*prompts)
+    positions = lm.parameters["positions.weight"] * 1
+    positions[5] = float("nan")  # where the second row is at its second step
+    lm.parameters["positions.weight"] = positions
+    found = tokens(*prompts)
+    assert [[row[0], row[2]] for row in found] == [[row[0], row[2]] for row in wanted]
+    assert [row[1] for row in found] == [wanted[0][1], wanted[1][1], -1, -1]

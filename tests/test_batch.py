@@ -101,6 +101,12 @@ def test_an_error_of_the_model_closes_the_batch():
             next(batch)
 
 
+def test_without_graphs_there_is_nothing_to_warm_up(lm):
+    assert lm.warm_up(4) == 0.0
+    with pytest.raises(ModelError, match="batch_size"):
+        lm.warm_up(0)
+
+
 def test_what_cannot_be_is_refused_when_it_is_added(lm):
     with pytest.raises(ModelError, match="batch_size"):
         lm.batch(0)

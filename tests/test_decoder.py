@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from choice import choose, uniform
-from decoding import CONFIG, REQUESTS, decoder_of, generated, lively
+from decoding import CONFIG, REQUESTS, check_a_row_that_is_not_finite, decoder_of, generated, lively
 
 from model.graph import _variant, can_capture
 from model.sampling import DRAWING, FILTERS, PENALTY, Sampling, SamplingState
@@ -83,6 +83,12 @@ def test_capturing_changes_nothing_of_rows_in_use():
         assert decoders[0].step(2)() == decoders[1].step(2)(), step
     for name in ("keys", "values", "lengths"):
         np.testing.assert_array_equal(*(getattr(decoder.cache, name) for decoder in decoders))
+
+
+@devices
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(device, captured):
+    check_a_row_that_is_not_finite(lively(device), captured=captured)
 
 
 def test_arguments_of_few_kinds():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import REQUESTS, decoder_of, generated, lively
+from decoding import REQUESTS, check_a_row_that_is_not_finite, decoder_of, generated, lively
 from kernel_cases import DEVICE
 
 import gpukernels
@@ -38,6 +38,10 @@ def test_tokens_are_those_of_numpy(expected, slots, captured, only, kernels_only
     assert generated(decoder, slots=slots, only=only) == [expected[each] for each in only]
 
 
+def test_a_row_that_is_not_finite_leaves_its_neighbours_alone(kernels_only):
+    check_a_row_that_is_not_finite(lively(torch.device(DEVICE)), captured=INTERPRETING)
+
+
 @pytest.mark.skipif(INTERPRETING, reason="graphs are CUDA's")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_captured_step_is_the_eager_one(dtype):
@@ -57,3 +61,13 @@ def test_generate_keeps_its_graphs():
     graphs = dict(lm._idle._graphs)
     assert [result.tokens for result in lm.generate(prompts, max_new_tokens=8, batch_size=2)] == [*first]
     assert set(graphs) <= set(lm._idle._graphs)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="graphs are CUDA's")
+def test_after_a_warm_up_nothing_is_captured():
+    lm = lively("cuda")
+    assert lm.warm_up(4) > 0
+    graphs = dict(lm._idle._graphs)
+    for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 1}):
+        lm.generate([prompt for prompt, *_ in REQUESTS], max_new_tokens=8, batch_size=4, **options)
+    assert lm._idle._graphs == graphs

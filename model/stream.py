@@ -1,4 +1,4 @@
-"""Continuous batching in one process: prompts that join while others run, and text as it comes from all of them."""
+"""Text as it comes: of one prompt, or of several that join and leave while others run (continuous batching)."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -7,6 +7,27 @@ from typing import Any
 from model.decoder import Decoder
 from model.errors import ModelError
 from model.generate import Generation, Limits, Row, run
+
+
+class Stream:
+    """Pieces of text as they come; `result` after the last."""
+
+    def __init__(self, row: Row, events: Iterator[tuple[Row, str]]):
+        self.row, self._events = row, events
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        for _, piece in self._events:
+            if piece:
+                return piece
+        raise StopIteration
+
+    @property
+    def result(self) -> Generation:
+        """The whole; what there is so far, before the end."""
+        return self.row.result()
 
 
 class Entry:
