@@ -73,10 +73,12 @@ def replayed(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 def decoder_of(
     lm: model.LanguageModel, *, rows: int, captured: bool = False, ahead: bool = False, **changed
 ) -> Decoder:
+    """captured: as CUDA graphs where there is CUDA."""
     options = {"rows": rows, "capacity": lm.config.n_positions}
     config = dataclasses.replace(lm.config, **changed)
     if captured:
-        decoder = GraphDecoder(lm.parameters, config, **options, capture=replayed)
+        capture = None if lm.parameters.device.name.startswith("cuda") else replayed
+        decoder = GraphDecoder(lm.parameters, config, **options, capture=capture)
     else:
         decoder = Decoder(lm.parameters, config, **options)
     decoder.ahead = ahead
