@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from bench.cost_card import step
-from bench.cuda_providers import OURS, Generate, Judge, judge, providers, random_model
+from bench.cuda_providers import NUMPY, OURS, Generate, Judge, judge, on_numpy, providers, random_model
 from bench.timing import Times, interleaved
 from model.config import GPT2Config
 
@@ -64,16 +64,21 @@ def measure(
     rounds: int,
     compiled: bool,
     bandwidth: float | None,
+    numpy: bool = False,
 ) -> Iterator[list[Row]]:
-    """Case by case, a row for each runtime. bandwidth: bytes a second of this device, None where it is not known."""
+    """Case by case, a row for each runtime.
+
+    Args:
+        bandwidth: bytes a second of this device, None where it is not known.
+        numpy: also our NumPy path, in the first case, when all others are through: its threads spin.
+    """
     lm = random_model(config, device, dtype)
     runs, truth = providers(lm, compiled=compiled), judge(lm)
     for case in cases:
-        generator = np.random.default_rng(case)
-        prompts = generator.integers(0, config.vocab_size, (case.batch, case.context)).tolist()
+        prompts = _prompts(case, config)
         warm_up = {OURS: {"warm_up_seconds": lm.warm_up(case.batch)}}
         found = {name: _judged(run, prompts, case.new, truth) for name, run in runs.items()}
-        right = {name: run for name, run in runs.items() if found[name].get("regret", np.inf) <= _SLACK[dtype]}
+        right = {name: run for name, run in runs.items() if _is_right(found[name], dtype)}
         first = interleaved({name: _timed(run, prompts, 1) for name, run in right.items()}, rounds=rounds, pause=0)
         whole = interleaved({n: _timed(run, prompts, case.new) for n, run in right.items()}, rounds=rounds, pause=0)
         floor = None
@@ -88,6 +93,25 @@ def measure(
                 row["over"] = {other: whole[name].speedup(times) for other, times in whole.items() if other != name}
             rows.append(row)
         yield rows
+    if numpy:
+        case, run = cases[0], on_numpy(lm)
+        prompts = _prompts(case, config)
+        row = {"preset": preset, "dtype": "float32", **case._asdict(), "runtime": NUMPY}
+        row |= _judged(run, prompts, case.new, truth)
+        if _is_right(row, "float32"):
+            first, whole = (
+                interleaved({NUMPY: _timed(run, prompts, new)}, rounds=2, pause=0)[NUMPY] for new in (1, case.new)
+            )
+            row |= _figures(case, first, whole, None) | {"over": {}}
+        yield [row]
+
+
+def _prompts(case: Case, config: GPT2Config) -> list[list[int]]:
+    return np.random.default_rng(case).integers(0, config.vocab_size, (case.batch, case.context)).tolist()
+
+
+def _is_right(answer: Row, dtype: str) -> bool:
+    return answer.get("regret", np.inf) <= _SLACK[dtype]
 
 
 def _judged(run: Generate, prompts: Sequence[Sequence[int]], new: int, truth: Judge) -> Row:

@@ -14,7 +14,7 @@ from bench.torch_decoder import TorchDecoder, again, cuda_graph
 from model import gpt2
 from model.config import GPT2Config
 from model.decoder import Decoder
-from model.device import TorchDevice
+from model.device import NumpyDevice, TorchDevice
 from model.generate import Limits, Row, run
 from model.language_model import LanguageModel
 from model.parameters import Parameters
@@ -23,6 +23,7 @@ from model.sampling import Sampling
 OURS, EAGER = "ours, captured", "ours, eager"
 TRANSFORMERS, COMPILED = "transformers eager", "transformers static + compile"
 GRAPH = "torch + CUDA graph"
+NUMPY = "ours, NumPy float32"
 
 Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]
@@ -44,9 +45,7 @@ def random_model(config: GPT2Config, device: torch.device, dtype: str, seed: int
             array.normal_(0, array.shape[1] ** -0.5 if name.startswith("blocks.") else 0.02, generator=generator)
         else:
             array.fill_(float(name.endswith(".weight")))
-    lm = LanguageModel(config, parameters)
-    lm.eos_token_ids = ()
-    return lm
+    return LanguageModel(config, parameters, eos_token_ids=())
 
 
 class Ours:
@@ -147,6 +146,14 @@ def providers(lm: LanguageModel, *, compiled: bool) -> dict[str, Generate]:
         if compiled:
             found[COMPILED] = Transformers(lm, dtype, static=True)
     return found
+
+
+def on_numpy(lm: LanguageModel) -> Generate:
+    """The same weights on the host."""
+    parameters = Parameters(lm.parameters.slots.values(), NumpyDevice(), "float32")
+    for name, array in lm.parameters.items():
+        parameters[name] = array.float().cpu().numpy()
+    return Ours(LanguageModel(lm.config, parameters, eos_token_ids=()))
 
 
 def judge(lm: LanguageModel) -> Judge:

@@ -59,7 +59,10 @@ def main(
     from bench.cuda_generate import copy_bandwidth
 
     bandwidth = copy_bandwidth(torch.device("cuda", torch.cuda.current_device()))
-    rows = stages(_profiled(config, batch, context, dtype), _STEPS, config.n_layer)
+    try:
+        rows = stages(_profiled(config, batch, context, dtype), _STEPS, config.n_layer)
+    except ValueError as fault:
+        _refuse(str(fault))
     moved = stage_bytes(config, dtype, batch=batch, context=context + 3 * _STEPS // 2)
     for row in rows:
         if row["stage"] in moved:

@@ -11,7 +11,17 @@ import torch
 from bench import cuda_generate, generate_page, generate_targets
 from bench.cost_card import card, step
 from bench.cuda_generate import SHORT, Case, measure
-from bench.cuda_providers import COMPILED, EAGER, GRAPH, OURS, TRANSFORMERS, TorchGraph, Transformers, random_model
+from bench.cuda_providers import (
+    COMPILED,
+    EAGER,
+    GRAPH,
+    NUMPY,
+    OURS,
+    TRANSFORMERS,
+    TorchGraph,
+    Transformers,
+    random_model,
+)
 from model import PRESETS
 from model.config import GPT2Config
 
@@ -54,6 +64,17 @@ def test_a_row_for_every_runtime():
         assert row["over"].keys() == {EAGER, GRAPH, TRANSFORMERS} - {row["runtime"]}
     assert rows[1]["over"][EAGER] > 0
     assert "share_of_bandwidth" not in measured(bandwidth=None)[0]
+
+
+def test_our_numpy_path_comes_last():
+    row = measured(numpy=True)[-1]
+    assert (row["runtime"], row["dtype"], row["over"]) == (NUMPY, "float32", {})
+    assert row["regret"] <= 1e-4
+    assert row["tokens_per_second"] > 0
+    rows = [a_row(OURS), a_row(NUMPY, tokens_per_second=100.0) | {"dtype": "float32"}]
+    found = {each["target"]: each for each in generate_targets.compared(rows, "NVIDIA H200")}
+    (ratio,) = (each for name, each in found.items() if "NumPy" in name)
+    assert (ratio["measured"], ratio["met"]) == (46.0, False)
 
 
 @pytest.mark.parametrize("wrong", ["another token", "too many", "an error"])
