@@ -20,7 +20,7 @@ from model.sampling import Sampling, SamplingState
 Tokens = Callable[[], list[int]]
 
 # Positions of a prompt at a time: what stands between two ops is so many rows, and the cache has the others.
-_CHUNK = 2048
+CHUNK = 2048
 
 
 class Decoder:
@@ -108,8 +108,8 @@ class Decoder:
     def extend(self, row: int, ids: Sequence[int]) -> Any:
         """Appends tokens to what row `row` holds; returns the logits (1, V) behind the last."""
         device, start = self._device, self.lengths[row]
-        for first in range(0, len(ids), _CHUNK):
-            part = ids[first : first + _CHUNK]
+        for first in range(0, len(ids), CHUNK):
+            part = ids[first : first + CHUNK]
             self.lengths[row] += len(part)
             self.cache.lengths[row] = self.lengths[row]
             positions = device.indices([range(start + first, self.lengths[row])])

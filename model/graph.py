@@ -17,14 +17,14 @@ from typing import Any
 from gpukernels.launches import dependent_launches
 from model import gpt2
 from model.config import GPT2Config
-from model.decoder import Decoder, Tokens
+from model.decoder import CHUNK, Decoder, Tokens
 from model.parameters import Parameters
 from model.sampling import DRAWING, FILTERS, PENALTY
 
 #: Runs a function once without capturing, then captures it; what replays it, and what the replays write.
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
-_SHORTEST, _LONGEST = 16, 2048  # prompts as they are filled up; longer ones are read in parts
+_SHORTEST = 16  # of prompts as they are filled up
 
 _WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks the device for values
 
@@ -70,7 +70,7 @@ class GraphDecoder(Decoder):
     def prefill(self, row: int, ids: Sequence[int]) -> Any:
         """As `Decoder.prefill`; the logits stand until the next call."""
         size = min(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), self.capacity)
-        if size > _LONGEST:
+        if size > CHUNK:
             return super().prefill(row, ids)
         blank = [0] * (size - len(ids))
         prompt = self._device.indices([[*blank, *ids], [*blank, *range(len(ids))]])
@@ -92,7 +92,7 @@ class GraphDecoder(Decoder):
             for variant in ((), _variant(DRAWING)):
                 self._step_graph(bucket, variant)
         size = _SHORTEST
-        while size < 2 * min(self.capacity, _LONGEST):
+        while size < 2 * min(self.capacity, CHUNK):
             self._prompt_graph(min(size, self.capacity))
             size *= 2
 
@@ -118,9 +118,11 @@ class GraphDecoder(Decoder):
             # Nobody is in use meanwhile: the call that compiles the kernels changes nothing.
             lengths = self.cache.lengths + 0
             self.cache.lengths[:] = 0
-            with dependent_launches():
-                self._graphs[key] = self._capture(function)
-            self.cache.lengths[:] = lengths
+            try:
+                with dependent_launches():
+                    self._graphs[key] = self._capture(function)
+            finally:
+                self.cache.lengths[:] = lengths
             self.capture_seconds += time.perf_counter() - started
         return self._graphs[key]
 

@@ -100,7 +100,7 @@ def _weights(
     STEP: tl.constexpr = WARPS * 32
     WHOLE: tl.constexpr = K // STEP
     ALL: tl.constexpr = max(1, (K + STEP - 1) // STEP)
-    weight_ptr += FIRST * STEP * stride_wk
+    weight_ptr += tl.full((), FIRST * STEP, tl.int64) * stride_wk
     weights = ()
     for piece in tl.static_range(FIRST, min(FIRST + PIECES, ALL)):
         weight = _piece(weight_ptr, k + piece * STEP, K, piece, WHOLE)
