@@ -1,18 +1,24 @@
-"""Decoding and prefill on the CPU, side by side with the runtimes that are installed.
+"""Decoding and prefill, side by side with the runtimes that are installed; on a GPU where there is one.
 
-    python -m bench.generate [--preset gpt2] [--rounds 7] [--compiled]
+    python -m bench.generate [--preset gpt2-xl] [--case 8x128+32] [--compiled] [--json FILE] [--html FILE]
+    python -m bench.generate --device cpu [--preset gpt2] [--rounds 7] [--compiled]
+    python -m bench.generate --card
 
-A model with random weights is written once and loaded by every runtime from the same files, each in a
+On the CPU: a model with random weights is written once and loaded by every runtime from the same files, each in a
 process of its own. First the answers: logits against transformers'; a wrong one gets no speed. Then prompt
 64 + 128 new tokens, end to end, and a prompt of 512 with one token after it, in turn, round by round. Ratios
 are medians of the rounds' ratios. The last line is the whole as JSON.
+
+On a GPU: see `bench.cuda_generate`; first what a step must move (`--card`: only that).
 """
 
+import gc
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -22,19 +28,141 @@ from bench.providers import CTranslate2, Ours, Transformers, installed
 from bench.report import machine, show
 from bench.timing import Times, interleaved
 from bench.worker import Worker
+from model.device import why_no_cuda
 
 PROMPT, NEW, LONG = 64, 128, 512
 
 _BASELINE = "transformers eager"
+_COLUMNS = (
+    "runtime",
+    f"tokens/s ({PROMPT} + {NEW})",
+    "20-80 %",
+    "x eager",
+    f"prefill {LONG}, s",
+    "x eager",
+    "max error",
+)
+_CARD = ((1, 128), (1, 900), (8, 128), (64, 128), (64, 900))  # batch, context
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="Which GPT-2.")] = "gpt2",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 7,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Which GPT-2: gpt2, and on a GPU gpt2-xl; may be repeated there.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    rounds: Annotated[int | None, typer.Option(min=1, help="How often each is timed: 7, on a GPU 5.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also torch.compile (minutes of warm-up).")] = False,
-    others: Annotated[bool, typer.Option(help="Also ours with float16 weights, and on plain torch.")] = True,
+    others: Annotated[
+        bool | None, typer.Option(help="CPU: also ours with float16 weights and on plain torch; default yes.")
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(metavar="BATCHxPROMPT+NEW", help="GPU: only this, as 8x128+32; may be repeated.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="GPU: float16, bfloat16 or float32; default float16.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, on a GPU case by case.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Only what a step must move, and what that allows.")] = False,
 ) -> None:
     """Measure, print a table, and end with one line of JSON."""
+    for name in preset or ():
+        if name not in model.PRESETS:
+            _refuse(f"{name!r} is not a preset: there are {', '.join(model.PRESETS)}")
+    for file in (json_file, html):
+        if file is not None and not file.absolute().parent.is_dir():
+            _refuse(f"{file}: there is no folder {file.absolute().parent}")
+    if dtype not in (None, "float16", "bfloat16", "float32"):
+        _refuse(f"dtype must be float16, bfloat16 or float32, got {dtype!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        _refuse(f"device must be auto, cpu or cuda, got {device!r}")
+    if card:
+        from bench.cost_card import card as table
+        from bench.cost_card import listed_bandwidths
+
+        stored = dtype or "float16"
+        show(f"A step in {stored}", *table(preset or model.PRESETS, stored, _CARD, listed_bandwidths()))
+        return
+    missing = why_no_cuda() if device != "cpu" else "the CPU was asked for"
+    if device == "cuda" and missing:
+        _refuse(f"there is no CUDA here: {missing}")
+    if missing is None:
+        from bench.cuda_generate import Case
+
+        try:
+            cases = [Case.read(each) for each in case or ()]
+            for each in cases:
+                each.check(model.PRESETS[name] for name in preset or ("gpt2",))
+        except ValueError as fault:
+            _refuse(str(fault))
+        if others is not None:
+            _refuse("--others and --no-others are for the CPU")
+        presets = preset or ["gpt2", "gpt2-xl"]
+        document = _on_cuda(presets, cases, dtype or "float16", rounds or 5, compiled, json_file, html)
+    else:
+        for name, given in (("--case", case), ("--dtype", dtype)):
+            if given:
+                _refuse(f"{name} is for a GPU: {missing}")
+        if preset and len(preset) > 1:
+            _refuse("on the CPU one preset is measured at a time")
+        document = _on_cpu((preset or ["gpt2"])[0], rounds or 7, compiled, others is not False, html)
+        _keep(document, json_file)
+    print(json.dumps(document))
+    ours = [row for row in document["rows"] if row["runtime"].startswith("ours")]
+    if "device" in document and not all("token_ms" in row for row in ours):
+        sys.exit(1)  # a wrong answer, or none
+
+
+def _keep(document: dict[str, Any], path: Path | None) -> None:
+    """Writes it whole or not at all."""
+    if path is not None:
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _refuse(problem: str) -> None:
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _on_cuda(
+    presets: list[str], cases: list, dtype: str, rounds: int, compiled: bool, json_file: Path | None, html: Path | None
+) -> dict[str, Any]:
+    """All cases of the first preset, or those asked for; of the others by default the shortest."""
+    import torch
+
+    from bench import cuda_generate, generate_page, generate_targets
+    from bench.cost_card import card
+
+    here = torch.device("cuda", torch.cuda.current_device())
+    name, bandwidth = torch.cuda.get_device_name(here), cuda_generate.copy_bandwidth(here)
+    document: dict[str, Any] = {"bench": "generate", "device": name, "dtype": dtype, "rounds": rounds, **machine()}
+    document |= {
+        "bandwidth": bandwidth,
+        "card": card(presets, dtype, _CARD, {f"{bandwidth / 1e12:.2f} TB/s": bandwidth}),
+    }
+    document |= {"rows": [], "targets": generate_targets.compared([], name)}
+    show(f"{name}: what a step must move, at the bandwidth of a copy", *document["card"])
+    for number, preset in enumerate(presets):
+        chosen = cases or (cuda_generate.CASES if number == 0 else (cuda_generate.SHORT,))
+        options = {"device": here, "dtype": dtype, "rounds": rounds, "compiled": compiled, "bandwidth": bandwidth}
+        options["numpy"] = number == 0 and not cases
+        for rows in cuda_generate.measure(preset, model.PRESETS[preset], chosen, **options):
+            document["rows"] += rows
+            document["targets"] = generate_targets.compared(document["rows"], name)
+            _keep(document, json_file)
+            for title, cells in generate_page.tables(rows).items():
+                show(title, generate_page.COLUMNS, cells)
+        gc.collect()
+        torch.cuda.empty_cache()
+    show("Targets", generate_targets.COLUMNS, [generate_targets.cells(each) for each in document["targets"]])
+    if html is not None:
+        generate_page.page(document).write(html)
+    return document
+
+
+def _on_cpu(preset: str, rounds: int, compiled: bool, others: bool, html: Path | None) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(0, 50000, LONG).tolist()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -49,12 +177,15 @@ def main(
         for worker in workers.values():
             worker.close()
     rows = [_row(name, errors[name], decode, prefill) for name in workers]
-    show(
-        f"{preset}, random weights, batch 1, CPU",
-        ("runtime", f"tokens/s ({PROMPT} + {NEW})", "20-80 %", "x eager", f"prefill {LONG}, s", "x eager", "max error"),
-        [_cells(row) for row in rows],
-    )
-    print(json.dumps({"bench": "generate", "preset": preset, "rounds": rounds, **machine(), "rows": rows}))
+    title, cells = f"{preset}, random weights, batch 1, CPU", [_cells(row) for row in rows]
+    show(title, _COLUMNS, cells)
+    if html is not None:
+        from model.page import Page
+
+        page = Page(title)
+        page.table(_COLUMNS, cells)
+        page.write(html)
+    return {"bench": "generate", "preset": preset, "rounds": rounds, **machine(), "rows": rows}
 
 
 def _workers(folder: Path, scratch: Path, compiled: bool, others: bool) -> dict[str, Worker]:

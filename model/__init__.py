@@ -20,14 +20,17 @@ from model.errors import (
     TokenizerError,
 )
 from model.generate import Generation
-from model.language_model import LanguageModel, Stream, from_config, load
+from model.language_model import LanguageModel
+from model.loader import from_config, load
 from model.parameters import Parameters
 from model.prompts import Prompt, few_shot
 from model.sampling import Sampling
+from model.stream import Batch, Stream
 from model.tokenizer import Tokenizer
 
 __all__ = [
     "PRESETS",
+    "Batch",
     "CheckpointError",
     "ConfigError",
     "ContextError",

@@ -112,11 +112,9 @@ class Decoder:
             part = ids[first : first + CHUNK]
             self.lengths[row] += len(part)
             self.cache.lengths[row] = self.lengths[row]
-            cache = self.cache.rows(row, row + 1, self.lengths[row])
             positions = device.indices([range(start + first, self.lengths[row])])
-            x = gpt2.embed(self._parameters, device.indices([part]), positions)
-            x = gpt2.blocks(self._parameters, self._config, x, cache, last_only=True)
-        return gpt2.unembed(self._parameters, self._config, x[:, 0])
+            x = self._read(row, device.indices([part]), positions, self.lengths[row])
+        return gpt2.unembed(self._parameters, self._config, x)
 
     def feed(self, tokens: Sequence[int]) -> Any:
         """Appends one given token to each of the first rows; returns their logits (n, V)."""
@@ -127,6 +125,12 @@ class Decoder:
             self.lengths[row] += 1
             self.cache.lengths[row] = self.lengths[row]
         return self._logits(rows, max(self.lengths[:rows]))
+
+    def _read(self, row: int, ids: Any, positions: Any, extent: int) -> Any:
+        """(1, C), behind the last of tokens (1, T) that row `row`'s length counts already."""
+        x = gpt2.embed(self._parameters, ids, positions)
+        x = gpt2.blocks(self._parameters, self._config, x, self.cache.rows(row, row + 1, extent), last_only=True)
+        return x[:, 0]
 
     def _step(self, rows: int, extent: int, names: Iterable[str]) -> Any:
         return self._choose(self._logits(rows, extent), 0, rows, names)

@@ -26,8 +26,8 @@ class Generation:
     Attributes:
         text: the new text, without special tokens, up to a stop string.
         tokens: the new ids, with the one that ended it (of an eos, or of a stop string's last part).
-        finish_reason: "stop" (a stop string), "eos", "length" (max_new_tokens), or "context" (no
-            position left); None while a stream still runs.
+        finish_reason: "stop" (a stop string), "eos", "length" (max_new_tokens), "context" (no position
+            left), or "cancelled"; None while a stream still runs.
         stop: the stop string that was met, if one was.
         prompt_tokens: how many ids the prompt had, after truncation.
         seed, stream: what the draws came from; the same seed and row give the same tokens.
@@ -190,14 +190,18 @@ class Row:
 def run(decoder: Decoder, rows: Sequence[Row], *, slots: int, limits: Limits) -> Iterator[tuple[Row, str]]:
     """Runs the rows to their ends, `slots` at a time; yields each row with each piece of its text.
 
-    Where the decoder runs ahead, a step is started before the tokens of the one before it are read: then a
-    row that turns out to have ended has been fed once more, which is not looked at.
+    `rows` may be a deque: it is emptied, and rows that are put into it meanwhile are run as well. A row whose
+    `finish_reason` is set from outside leaves. Where the decoder runs ahead, a step is started before the tokens
+    of the one before it are read: then a row that turns out to have ended has been fed once more, which is not
+    looked at.
     """
-    waiting, active = deque(rows), []
+    waiting, active = rows if isinstance(rows, deque) else deque(rows), []
     running: list[tuple[list[Row], Tokens]] = []  # steps whose tokens have not been read, and for which rows
     while waiting or active:
         while waiting and len(active) < slots:
             row = waiting.popleft()
+            if row.finish_reason is not None:
+                continue
             (token,) = row.start(decoder, len(active))()
             yield row, row.accept(token)
             if row.finish_reason is None:

@@ -3,21 +3,28 @@
 A graph is captured once for a number of rows and a set of sampling arguments, and never again for a length:
 everything that changes from step to step lies in device memory. Rows of the bucket that are not in use have
 the length 0, and nothing is read or written for them.
+
+A prompt is a hundred launches, which cost the host more than they cost the GPU. So prompts are filled up in
+front, to 16, 32, 64, ... tokens, with ones at positions below 0, which attention leaves out; and those of row 0,
+where whoever is alone waits, are graphs too. The other rows launch the same kernels one by one, for the same bits.
 """
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gpukernels.launches import dependent_launches
+from model import gpt2
 from model.config import GPT2Config
-from model.decoder import Decoder, Tokens
+from model.decoder import CHUNK, Decoder, Tokens
 from model.parameters import Parameters
 from model.sampling import DRAWING, FILTERS, PENALTY
 
 #: Runs a function once without capturing, then captures it; what replays it, and what the replays write.
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+_SHORTEST = 16  # of prompts as they are filled up
 
 _WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks the device for values
 
@@ -55,33 +62,74 @@ class GraphDecoder(Decoder):
         self.capture_seconds = 0.0
         self._capture = _CudaCapture(self._device.name) if capture is None else capture
         self._graphs: dict[tuple, tuple[Callable[[], None], Any]] = {}
+        self._prompts: dict[int, Any] = {}
 
     def step(self, rows: int) -> Tokens:
         for row in range(rows):
             self.lengths[row] += 1
         bucket = next(each for each in self.buckets if each >= rows)
-        replay, tokens = self._graph(bucket, _variant(self.sampling.needed(0, rows)))
+        replay, tokens = self._step_graph(bucket, _variant(self.sampling.needed(0, rows)))
         replay()
         return self._device.fetch(tokens[:rows])
 
+    def prefill(self, row: int, ids: Sequence[int]) -> Any:
+        """As `Decoder.prefill`; the logits stand until the next call."""
+        size = min(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), self.capacity)
+        if size > CHUNK:
+            return super().prefill(row, ids)
+        blank = [0] * (size - len(ids))
+        prompt = self._device.indices([[*blank, *ids], [*blank, *range(len(ids))]])
+        if row > 0:
+            self._hold(row, len(ids))
+            return self._prompt_logits(row, prompt)
+        replay, logits = self._prompt_graph(size)
+        self._device.assign(self._prompts[size], prompt)
+        self._hold(row, len(ids))
+        replay()
+        return logits
+
     def warm_up(self) -> None:
-        """Captures what greedy and sampled steps of every bucket need, so that no later step waits for it."""
+        """Captures what greedy and sampled steps of every bucket and prompts of every length need.
+
+        No later token waits for it, but for those of a repetition penalty.
+        """
         for bucket in self.buckets:
             for variant in ((), _variant(DRAWING)):
-                self._graph(bucket, variant)
+                self._step_graph(bucket, variant)
+        size = _SHORTEST
+        while size < 2 * min(self.capacity, CHUNK):
+            self._prompt_graph(min(size, self.capacity))
+            size *= 2
 
-    def _graph(self, bucket: int, names: tuple[str, ...]) -> tuple[Callable[[], None], Any]:
-        if (bucket, names) not in self._graphs:
+    def _hold(self, row: int, length: int) -> None:
+        self.lengths[row] = length
+        self.cache.lengths[row] = length
+
+    def _step_graph(self, bucket: int, names: tuple[str, ...]) -> tuple[Callable[[], None], Any]:
+        return self._graph((bucket, names), lambda: self._step(bucket, self.capacity, names))
+
+    def _prompt_graph(self, size: int) -> tuple[Callable[[], None], Any]:
+        if size not in self._prompts:
+            self._prompts[size] = self._device.indices([[0] * size] * 2)
+        return self._graph(("prompt", size), lambda: self._prompt_logits(0, self._prompts[size]))
+
+    def _prompt_logits(self, row: int, prompt: Any) -> Any:
+        """(1, V) behind a prompt: ids and positions, (2, T)."""
+        return gpt2.unembed(self._parameters, self._config, self._read(row, prompt[:1], prompt[1:], self.capacity))
+
+    def _graph(self, key: tuple, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if key not in self._graphs:
             started = time.perf_counter()
-            # Nobody is in use meanwhile: the step that compiles the kernels changes nothing.
+            # Nobody is in use meanwhile: the call that compiles the kernels changes nothing.
             lengths = self.cache.lengths + 0
             self.cache.lengths[:] = 0
-            with dependent_launches():
-                captured = self._capture(lambda: self._step(bucket, self.capacity, names))
-            self.cache.lengths[:] = lengths
-            self._graphs[bucket, names] = captured
+            try:
+                with dependent_launches():
+                    self._graphs[key] = self._capture(function)
+            finally:
+                self.cache.lengths[:] = lengths
             self.capture_seconds += time.perf_counter() - started
-        return self._graphs[bucket, names]
+        return self._graphs[key]
 
 
 def _variant(needed: Iterable[str]) -> tuple[str, ...]:
@@ -91,23 +139,26 @@ def _variant(needed: Iterable[str]) -> tuple[str, ...]:
 
 
 class _CudaCapture:
-    """`Capture` by torch; the graphs share one pool of memory, as only one runs at a time."""
+    """`Capture` by torch, on one stream; the graphs share one pool of memory, as only one runs at a time."""
 
     def __init__(self, device: str):
         import torch
 
-        self._torch, self._device, self._pool = torch, torch.device(device), None
+        self._torch, self._device = torch, torch.device(device)
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream()  # torch's own for captures is of the device that captured first
+        self._pool = None
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        cuda = self._torch.cuda
+        cuda, stream = self._torch.cuda, self._stream
         with cuda.device(self._device):
-            side = cuda.Stream()
-            side.wait_stream(cuda.current_stream())
-            with cuda.stream(side):
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
                 function()
-            cuda.current_stream().wait_stream(side)
+            cuda.current_stream().wait_stream(stream)
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph, pool=self._pool):
+            # Other threads may go on using the device meanwhile.
+            with cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 result = function()
             self._pool = graph.pool()
         return graph.replay, result

@@ -1,8 +1,8 @@
 """`LanguageModel`: a loaded model and everything that can be asked of it."""
 
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,121 +10,24 @@ import numpy as np
 
 from model import gpt2
 from model.adapter import merge, read_adapter
-from model.check import vocabulary_notices
-from model.config import PRESETS, GPT2Config, generation_eos
+from model.config import GPT2Config
 from model.decoder import Decoder
-from model.device import Device, choose_device, choose_dtype
-from model.errors import ConfigError, ContextError, LoadNotice, ModelError
-from model.generate import Generation, Row, run
+from model.device import Device
+from model.errors import ContextError, ModelError
+from model.generate import Generation, Limits, Row, run
 from model.graph import GraphDecoder, can_capture
-from model.load import Filled, fill, fill_random, locate, plan
-from model.memory import LOADING, Ledger, logits_needs, place_of, predict, weight_bytes
+from model.load import Filled
+from model.memory import Ledger, logits_needs, place_of, predict
 from model.parameters import Parameters
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
 from model.room import explained, require, room_for
 from model.sampling import Sampling
 from model.save import save
+from model.stream import Batch, Stream
 from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from model.footprint import MemoryReport
-
-
-def load(
-    source: str | Path,
-    *,
-    device: Any = "auto",
-    dtype: Any = "auto",
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    refresh: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> "LanguageModel":
-    """Loads a GPT-2 checkpoint in Hugging Face layout.
-
-    Args:
-        source: a folder, a `.safetensors` file beside its `config.json`, "tiny-gpt2" (the embedded
-            model), or a name on the Hub ("gpt2", "openai-community/gpt2-xl"). What is on disk comes
-            first; a name that is in the Hub's cache asks no network.
-        device: "cpu" (NumPy), "cuda", "cuda:1", "auto" (CUDA where it works, else NumPy), or a
-            `torch.device` ("cpu" there is plain torch).
-        dtype: of the weights: "float32", "float16", "bfloat16" (torch devices), or "auto": float32 on
-            the CPU; on CUDA float16, or bfloat16 where the checkpoint has it. On NumPy, float16 halves
-            the memory and is widened block by block as it is used, which is slower.
-        revision: a branch, tag or commit of the Hub's repository.
-        cache_dir, local_files_only, token: as in `huggingface_hub`.
-        refresh: ask the Hub for a newer commit although the model is in the cache.
-        progress: called with the bytes read and the bytes to read.
-
-    Returns:
-        The model. What its user should know is in `notices`, and issued as `LoadNotice` warnings.
-
-    Raises:
-        ModelError: one of its kinds, with a sentence for every problem found. Nothing has been
-            allocated then, unless reading itself failed.
-
-    Memory: each tensor is read straight into its place; the peak is the weights and one 4 MiB buffer. On CUDA
-    with CuPy: the weights and 16 MiB on the device, 32 MiB on the host; see `gpukernels.cast.upload`.
-    """
-    place = choose_device(device)
-    choose_dtype(dtype, place)
-    path = locate(
-        source,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-        refresh=refresh,
-    )
-    planned = plan(path)
-    tokenizer = Tokenizer.from_folder(planned.folder)
-    eos = generation_eos(planned.folder)
-    chosen = choose_dtype(dtype, place, planned.stored)
-    with _room_for_weights(place, planned.config, chosen, str(source), head=planned.own_head):
-        filled = fill(planned, place, chosen, progress)
-    notices = planned.notices + filled.notices
-    if tokenizer is not None:
-        notices += vocabulary_notices(tokenizer, planned.config.vocab_size)
-    for notice in notices:
-        warnings.warn(notice, LoadNotice, stacklevel=2)
-    return LanguageModel(
-        planned.config,
-        filled.parameters,
-        filled=filled,
-        tokenizer=tokenizer,
-        eos_token_ids=eos,
-        values=planned.values,
-        folder=planned.folder,
-        notices=notices,
-    )
-
-
-def from_config(
-    config: str | GPT2Config, *, seed: int = 0, device: Any = "auto", dtype: Any = "auto"
-) -> "LanguageModel":
-    """A model with random weights: a preset's name ("gpt2-xl") or a config; no files, no network.
-
-    The weights are drawn as GPT-2's were: N(0, 0.02), residual projections over sqrt(2 L). It has no
-    tokenizer: prompts are token ids.
-    """
-    name = config if isinstance(config, str) else "a model of this config"
-    if isinstance(config, str):
-        if config not in PRESETS:
-            raise ConfigError(f"{config!r} is not a preset: there are {', '.join(PRESETS)}")
-        config = PRESETS[config]
-    place = choose_device(device)
-    dtype = choose_dtype(dtype, place)
-    with _room_for_weights(place, config, dtype, name):
-        parameters = fill_random(gpt2.slots(config), config, place, dtype, seed)
-    return LanguageModel(config, parameters)
-
-
-def _room_for_weights(place: Device, config: GPT2Config, dtype: str, name: str, *, head: bool | None = None):
-    needs = {"weights": weight_bytes(config, dtype, head=head), "buffers": LOADING}
-    half = "float16 takes half" if dtype == "float32" else "use a smaller model, or another device"
-    return room_for(place, needs, f"{name} as {dtype}", half)
 
 
 class LanguageModel:
@@ -254,7 +157,7 @@ class LanguageModel:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         overflow: str = "error",
-    ) -> "Stream":
+    ) -> Stream:
         """Continues one prompt, text as it comes: an iterator of pieces that join to `generate`'s text.
 
         The arguments are those of `generate`, and are checked before the first piece is asked for.
@@ -324,6 +227,41 @@ class LanguageModel:
             **options,
         )
 
+    def batch(self, batch_size: int = 8) -> Batch:
+        """Several prompts at once, which join and leave while others run; text as it comes from any of them.
+
+            with lm.batch(8) as batch:
+                first = batch.add("In the beginning", max_new_tokens=40)
+                for entry, piece in batch:
+                    print(entry is first, repr(piece))
+                    if entry.done and more:
+                        batch.add(more.pop(), temperature=0.8, seed=1)
+
+        Args:
+            batch_size: how many run together; others wait. Their keys and values are allocated here, for all
+                positions of the model.
+        """
+        require_count("batch_size", batch_size)
+        positions = self.config.n_positions
+        decoder = self._decoder(batch_size, positions)
+        return Batch(self._row, decoder, Limits(positions, frozenset()), self._give_back, batch_size)
+
+    def warm_up(self, batch_size: int = 1) -> float:
+        """Compiles and captures what so many rows need on CUDA, for all calls to come; the seconds that it took.
+
+        Without it the first calls do so as they need it. Elsewhere there is nothing to do.
+        """
+        require_count("batch_size", batch_size)
+        if not can_capture(self.parameters, self.config):
+            return 0.0
+        decoder, started = self._decoder(batch_size, self.config.n_positions), time.perf_counter()
+        decoder.warm_up()
+        self._give_back(decoder)
+        return time.perf_counter() - started
+
+    def _row(self, prompt: Any, **options: Any) -> Row:
+        return self.stream(prompt, **options).row
+
     def save(self, target: str | Path) -> None:
         """Writes the model in Hugging Face layout, for transformers, vLLM, or `model.load`.
 
@@ -376,24 +314,26 @@ class LanguageModel:
             return
         slides = limits.overflow == "slide"
         capacity = limits.positions if slides else max(row.positions_needed for row in rows)
-        device, needs = self.parameters.device, self._ledger(slots, capacity).needs
-        what, remedy = f"generating {slots} rows of up to {capacity} tokens", "reduce batch_size, or the tokens"
-        with explained(device, needs, what, remedy):
-            decoder = self._idle_decoder(slots)
-            if decoder is None:
-                require(device, needs, what, remedy)
-                decoder = self._decoder(slots, capacity)
+        with explained(*self._room(slots, capacity)):
+            decoder = self._decoder(slots, capacity)
             try:
                 yield from run(decoder, rows, slots=slots, limits=limits)
             finally:
                 self._give_back(decoder)
 
-    def _idle_decoder(self, rows: int) -> Decoder | None:
-        # One with its graphs is kept from call to call; a call beside another has its own.
-        idle, self._idle = self._idle, None
-        return idle if idle is not None and idle.rows >= rows else None
+    def _room(self, rows: int, capacity: int) -> tuple[Device, dict[str, int], str, str]:
+        """What a decoder takes and where, what it is for, and what to do where there is not as much."""
+        needs = self._ledger(rows, capacity).needs
+        what = f"generating {rows} rows of up to {capacity} tokens"
+        return self.parameters.device, needs, what, "reduce batch_size, or the tokens"
 
     def _decoder(self, rows: int, capacity: int) -> Decoder:
+        # One with its graphs is kept from call to call; a call beside another has its own.
+        if self._idle is not None and self._idle.rows >= rows:
+            idle, self._idle = self._idle, None
+            return idle
+        self._idle = None
+        require(*self._room(rows, capacity))
         # What the tokenizer has no text for is padding of the table: never chosen.
         known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
         if not can_capture(self.parameters, self.config):
@@ -410,24 +350,3 @@ class LanguageModel:
 
     def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:
         return read_request(prompt, self.config, self.tokenizer, eos=self.eos_token_ids, sampling=sampling, **options)
-
-
-class Stream:
-    """Pieces of text as they come; `result` after the last."""
-
-    def __init__(self, row: Row, events: Iterator[tuple[Row, str]]):
-        self._row, self._events = row, events
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        for _, piece in self._events:
-            if piece:
-                return piece
-        raise StopIteration
-
-    @property
-    def result(self) -> Generation:
-        """The whole; what there is so far, before the end."""
-        return self._row.result()

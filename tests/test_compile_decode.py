@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from bench import cost_card
 from gpukernels.compile_report import CHIPS, record
+from gpukernels.compile_report.cost import cost
 from gpukernels.launches import dependent_launches
 from model import PRESETS
 from model.decoder import Decoder
@@ -24,17 +26,27 @@ def step(preset: str, dtype: str, *, rows: int = 1, names=()):
         decoder._step(rows, config.n_positions, names)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 64])
-@pytest.mark.parametrize("preset", ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
-def test_five_launches_a_layer_and_three_beside(preset, rows):
-    launches = record(lambda: step(preset, "float16", rows=rows), capability=90)
+EVERY = [(preset, "float16") for preset in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] + [("gpt2", "float32")]
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(("preset", "dtype"), EVERY)
+def test_five_launches_a_layer_and_three_beside(preset, dtype, rows):
+    launches = record(lambda: step(preset, dtype, rows=rows), capability=90)
     layers = PRESETS[preset].n_layer
     names = [launch.kernel for launch in launches]
     few, attention = "_few_rows_kernel", "_decode_head_kernel"
-    # Down's 12,800 bytes of K in GPT-2 XL are more than the registers of one program hold: two share them.
-    finish = ["_few_rows_finish_kernel"] * (preset == "gpt2-xl")
-    block = [few, attention, few, few, few, *finish]
-    assert names == block * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
+    assert names == [few, attention, few, few, few] * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("preset", ["gpt2", "gpt2-xl"])
+def test_a_step_moves_the_weights_and_the_cache_and_little_else(preset, rows):
+    """By what `cost` says of each launch, which tests/kernels/test_step_traffic.py holds against the loads."""
+    config = PRESETS[preset]
+    launches = record(lambda: step(preset, "float16", rows=rows), capability=90)
+    least = cost_card.step(config, "float16", batch=rows, context=config.n_positions).moved
+    assert least <= sum(cost(launch).moved for launch in launches) <= 1.05 * least
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -54,8 +66,9 @@ def test_old_keys_and_values_are_loaded_before_the_wait(capability):
     launch = next(each for each in launches if each.kernel == "_decode_head_kernel")
     listing = launch.compiled.listing
     (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
-    early = [i for i, name in enumerate(listing[:wait]) if name.startswith("LDG.E.128")]
-    assert len(early) == 8  # 64 keys and as many values of 128 bytes, 16 of them for each of 128 threads
+    early = [name for name in listing[:wait] if name.startswith(("LDG", "STG", "ATOM"))]
+    # The length; 64 keys and as many values of 128 bytes, 16 of them for each of 128 threads. All past the L1 cache.
+    assert early == ["LDG.E.STRONG.GPU"] + ["LDG.E.128.STRONG.GPU"] * 8
     assert wait < trigger
 
 
@@ -70,3 +83,15 @@ def test_what_a_row_counts_is_read_by_all_threads_before_one_writes_it(names):
     assert len(counted) == 1 + bool(names)
     # One thread reads the step that it writes; nothing else of 4 bytes is loaded behind the barrier.
     assert listing[barrier:].count("LDG.E") == bool(names)
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "gpt2-xl"])
+def test_every_dependent_kernel_waits_before_it_stores_or_lets_the_next_one_start(preset):
+    launches = record(lambda: step(preset, "float16"), capability=90)
+    waiting = {launch.compiled.cubin: launch for launch in launches if launch.arguments.get("DEPENDENT")}
+    assert len(waiting) == 5 + 1  # those of a layer, and the head
+    for launch in waiting.values():
+        listing = launch.compiled.listing
+        (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
+        assert wait < trigger
+        assert not any(name.startswith(("STG", "ATOM", "RED")) for name in listing[:wait]), launch.kernel

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from choice import choose, uniform
-from decoding import CONFIG, REQUESTS, decoder_of, generated, lively
+from decoding import CONFIG, REQUESTS, check_a_row_that_is_not_finite, decoder_of, generated, lively
 
 from model.graph import _variant, can_capture
 from model.sampling import DRAWING, FILTERS, PENALTY, Sampling, SamplingState
@@ -62,18 +62,19 @@ def test_a_graph_is_captured_once_for_rows_and_arguments():
     assert decoder.buckets == [1, 2, 4, 6]
     generated(decoder, slots=6)
     first = dict(decoder._graphs)
-    assert {bucket for bucket, _ in first} <= set(decoder.buckets)
+    assert {bucket for bucket, _ in first} <= {*decoder.buckets, "prompt"}
     generated(decoder, slots=6)
     assert decoder._graphs == first, "another length is no other graph"
     assert decoder.capture_seconds > 0
     decoder.warm_up()
     drawing = (*DRAWING, *FILTERS)
     assert {(bucket, names) for bucket in (1, 2, 4, 6) for names in ((), drawing)} <= decoder._graphs.keys()
+    assert {size for kind, size in decoder._graphs if kind == "prompt"} == {16, 32, 40}
 
 
 def test_capturing_changes_nothing_of_rows_in_use():
     lm = lively("cpu")
-    decoders = [decoder_of(lm, rows=2, captured=captured) for captured in (False, True)]
+    decoders = [decoder_of(lm, rows=2, captured=True) for _ in range(2)]
     for decoder in decoders:
         decoder.start(0, [1, 2, 3], Sampling())
         decoder.start(1, [4], Sampling())
@@ -82,6 +83,12 @@ def test_capturing_changes_nothing_of_rows_in_use():
         assert decoders[0].step(2)() == decoders[1].step(2)(), step
     for name in ("keys", "values", "lengths"):
         np.testing.assert_array_equal(*(getattr(decoder.cache, name) for decoder in decoders))
+
+
+@devices
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+def test_a_row_that_is_not_finite_says_so_and_leaves_its_neighbours_alone(device, captured):
+    check_a_row_that_is_not_finite(lively(device), captured=captured)
 
 
 def test_arguments_of_few_kinds():

@@ -262,9 +262,11 @@ KERNELS: dict[str, _Kernel] = {
             "position_weight_ptr": _rows_of("position_weight_ptr", "positions_ptr"),
         },
     ),
-    "_few_rows_finish_kernel": _Kernel("partial_ptr bias_ptr residual_ptr", "y_ptr", _each("partial_ptr", 1)),
     "_few_rows_kernel": _Kernel(
-        "x_ptr norm_weight_ptr norm_bias_ptr weight_ptr bias_ptr residual_ptr", "y_ptr", _few_rows, "x_ptr weight_ptr"
+        "x_ptr norm_weight_ptr norm_bias_ptr weight_ptr bias_ptr residual_ptr partial_ptr",
+        "y_ptr partial_ptr",
+        _few_rows,
+        "x_ptr weight_ptr",
     ),
     "_gelu_backward_kernel": _Kernel("dy_ptr x_ptr", "dx_ptr", _each("x_ptr", 12)),
     "_gelu_forward_kernel": _Kernel("x_ptr", "y_ptr", _each("x_ptr", 8)),

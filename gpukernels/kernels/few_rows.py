@@ -19,12 +19,15 @@ places, for each lane two elements here and two 8 further. But a sum may take it
 both factors do: `_operand` renames the places, and the weight goes from the load to the product without an
 exchange between lanes or through shared memory. The compile tests hold this.
 
-A long K is split between programs where the registers end, and further where N is too small to fill the GPU:
-by N, K, the dtype and the device, never by M. That costs a second launch and 8 S M N bytes for S splits, whose
-float32 sums are added in their order. The norm of a row that 8 warps cannot hold beside the weight, or that
-thousands of programs would repeat, is a launch of its own.
+A K that is more than the registers hold is multiplied in passes, one part of the weight after the other: the next
+part is loaded before this one meets the rows, whose sums so far wait in float32 memory that no other program sees
+(8 M N bytes a pass, which stay in the L2 cache). Two such programs find room on a multiprocessor. So a product is
+one launch, whatever K is. The norm of a row that 8 warps cannot hold beside the weight, or that thousands of
+programs would repeat, is a launch of its own.
 
-DEPENDENT (see `gpukernels.launches`): the weight, the bias and the norm's parameters are loaded before the wait.
+DEPENDENT (see `gpukernels.launches`): the weight (of passes, the first two), the bias and the norm's parameters are
+loaded before the wait: no kernel of a step writes them. x and the residual, which the kernels before wrote, are
+loaded behind it, and y is stored, when whoever reads what stood there has ended.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -43,7 +46,7 @@ class FewRowsTile(NamedTuple):
     BLOCK_N: int  # rows of the weight in a program: 8, or 16, a whole tensor-core instruction
     num_warps: int
     num_stages: int  # 3: the next rows of x are on their way to shared memory while these are multiplied
-    SPLITS: int  # programs that share one K
+    PASSES: int  # parts of K, one after the other
     fused: bool  # a norm is in the prologue
 
 
@@ -51,6 +54,8 @@ class FewRowsTile(NamedTuple):
 # most on sm_80 to sm_100), not yet measured. 16 rows of the weight where that makes a program for each
 # multiprocessor, as for QKV and up, and 8 for the projection: so did the probes on an H100, 2026-11-22.
 _HELD = {8: 3328, 16: 10240}
+# And of a pass, in 8 warps beside the next pass: with 128 registers a thread two programs find room.
+_PASS = 2048
 # A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
 # multiprocessor: with more of them, a launch of its own is cheaper.
 _NORMS = 4
@@ -60,16 +65,15 @@ def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
     """The tile for a weight (N, K) beside an x of elements of `itemsize` bytes."""
     multiprocessors = gpu().multiprocessors
     BLOCK_N = 16 if 16 * multiprocessors <= N else 8
-    tiles, held = cdiv(N, BLOCK_N), K * itemsize
+    held = K * itemsize
     # Copies to shared memory start together; plain loads would be started one after the other's product. Two
     # copies of wide rows, or one beside what float32's product keeps there, would be more than an RTX 4090 has.
+    stages = 3 if itemsize == 2 else 1
     if held <= _HELD[8]:
-        stages = 3 if itemsize == 2 else 1
-        return FewRowsTile(BLOCK_N, 8, stages, 1, norm and tiles <= _NORMS * multiprocessors)
-    splits = cdiv(held, _HELD[16])
-    if splits > 1:  # then more of them are no further launch: as many as run at once
-        splits = max(splits, min(multiprocessors // tiles, held // _HELD[8]))
-    return FewRowsTile(BLOCK_N, 16, 2 if itemsize == 2 else 1, splits, False)
+        return FewRowsTile(BLOCK_N, 8, stages, 1, norm and cdiv(N, BLOCK_N) <= _NORMS * multiprocessors)
+    if held <= _HELD[16] and cdiv(N, 8) <= multiprocessors:  # 16 warps have a multiprocessor to themselves
+        return FewRowsTile(8, 16, 2 if itemsize == 2 else 1, 1, False)
+    return FewRowsTile(8, 8, stages, cdiv(held, _PASS), False)
 
 
 @triton.jit
@@ -86,75 +90,63 @@ def _piece(pointers, k, K: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexp
     return tl.load(pointers) if PIECE < WHOLE else tl.load(pointers, k < K, other=0.0)
 
 
-# M is in no binary: the code that forms a row is the same whatever M is.
-@triton.jit(do_not_specialize=["M"])
-def _few_rows_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    M, N, stride_xm, stride_wn, stride_wk, stride_residual_m, eps,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, SPLITS: tl.constexpr,
-    CENTER: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+@triton.jit
+def _weights(
+    weight_ptr, k, stride_wk,
+    K: tl.constexpr, FIRST: tl.constexpr, PIECES: tl.constexpr, WARPS: tl.constexpr, HALVES: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    """y (SPLITS, M, N); WARPS is num_warps. The tensors of four dimensions are (row, warp, half, element)."""
+    """Up to PIECES pieces of the weight from FIRST on, those that there are, as a product wants them."""
     STEP: tl.constexpr = WARPS * 32
-    WHOLE: tl.constexpr = (K - (SPLITS - 1) * PIECES * STEP) // STEP  # pieces inside K, in the last split too
-    HALVES: tl.constexpr = BLOCK_N // 8
-    NORM: tl.constexpr = norm_weight_ptr is not None
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # Sums that do not wait for each other: tensor cores answer late.
-    CHAINS: tl.constexpr = 1 if dtype == tl.float32 else min(4, 1 + PIECES // 3)
-    split = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK_N
-    row = tl.arange(0, 8)
-    half = 8 * tl.arange(0, HALVES)
-    warp = split * PIECES * STEP + 32 * tl.arange(0, WARPS)
-    element = tl.arange(0, 32)
-
-    # Everything down to the wait is constant while a model runs. Rows past the end are the last one again.
-    n = tl.minimum(first + row[:, None, None, None] + half[None, None, :, None], N - 1).to(tl.int64)
-    k = warp[None, :, None, None] + element[None, None, None, :]
-    weight_ptr += n * stride_wn + k.to(tl.int64) * stride_wk
+    WHOLE: tl.constexpr = K // STEP
+    ALL: tl.constexpr = max(1, (K + STEP - 1) // STEP)
+    weight_ptr += tl.full((), FIRST * STEP, tl.int64) * stride_wk
     weights = ()
-    for piece in tl.static_range(PIECES):
+    for piece in tl.static_range(FIRST, min(FIRST + PIECES, ALL)):
         weight = _piece(weight_ptr, k + piece * STEP, K, piece, WHOLE)
         weight_ptr += STEP * stride_wk
         weights = weights + (_operand(weight.to(dtype), WARPS, HALVES),)
-    k = warp[None, :, None] + element[None, None, :]
-    if NORM:
-        # One copy for each row, so that every lane has what it needs where it needs it.
-        copies = tl.zeros((8, 1, 1), tl.int32) + k
-        norm_weights = ()
-        norm_biases = ()
-        for piece in tl.static_range(PIECES):
-            each = copies + piece * STEP
-            norm_weights = norm_weights + (_piece(norm_weight_ptr + each, each, K, piece, WHOLE),)
-            if norm_bias_ptr is not None:
-                norm_biases = norm_biases + (_piece(norm_bias_ptr + each, each, K, piece, WHOLE),)
-    col = first + tl.arange(0, BLOCK_N)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    return weights
 
+
+@triton.jit
+def _multiply(
+    x_ptr, residual_ptr, partial_ptr, y_ptr, weights, norm_weights, norm_biases, bias,
+    k, col, M, N, stride_xm, stride_residual_m, eps,
+    K: tl.constexpr, WARPS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, ALL: tl.constexpr,
+    CENTER: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """All rows of x meet `weights`, pieces FIRST to FIRST + COUNT of ALL: into y at the last one, else into partial."""
+    STEP: tl.constexpr = WARPS * 32
+    WHOLE: tl.constexpr = K // STEP
+    LAST: tl.constexpr = FIRST + COUNT == ALL
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # Sums that do not wait for each other: tensor cores answer late.
+    CHAINS: tl.constexpr = 1 if dtype == tl.float32 else min(4, 1 + COUNT // 3)
+    row = tl.arange(0, 8)
     for start in range(0, M, 8):
         m = tl.minimum(start + row, M - 1).to(tl.int64)
         pieces = ()
-        for piece in tl.static_range(PIECES):
-            at = k + piece * STEP
-            pieces = pieces + (_piece(x_ptr + m[:, None, None] * stride_xm + at, at, K, piece, WHOLE),)
+        for piece in tl.static_range(COUNT):
+            at = k + (FIRST + piece) * STEP
+            pieces = pieces + (_piece(x_ptr + m[:, None, None] * stride_xm + at, at, K, FIRST + piece, WHOLE),)
         m = start + row.to(tl.int64)
         mask = (col < N)[:, None] & (m < M)[None, :]
-        if residual_ptr is not None:  # now: it comes while the sums are made
+        place = m[None, :] * N + col[:, None]
+        # Now: they come while the sums are made.
+        if FIRST > 0:
+            partial = tl.load(partial_ptr + place, mask, other=0.0)
+        if LAST and residual_ptr is not None:
             residual = tl.load(residual_ptr + m[None, :] * stride_residual_m + col[:, None], mask, other=0.0)
 
-        if NORM:
+        if norm_weights is not None:
             if CENTER:
                 total = tl.zeros((8, WARPS, 32), tl.float32)
-                for piece in tl.static_range(PIECES):
+                for piece in tl.static_range(COUNT):
                     total += pieces[piece].to(tl.float32)
                 mean = (tl.sum(tl.sum(total, 2), 1) / K)[:, None, None]
             squares = tl.zeros((8, WARPS, 32), tl.float32)
-            for piece in tl.static_range(PIECES):
+            for piece in tl.static_range(COUNT):
                 deviation = pieces[piece].to(tl.float32)
                 if CENTER:
                     deviation -= mean
@@ -164,14 +156,14 @@ def _few_rows_kernel(
             rstd = (1 / tl.sqrt_rn(tl.sum(tl.sum(squares, 2), 1) / K + eps))[:, None, None]
 
         sums = ()
-        for piece in tl.static_range(PIECES):
+        for piece in tl.static_range(COUNT):
             h = pieces[piece]
-            if NORM:
+            if norm_weights is not None:
                 h = h.to(tl.float32)
                 if CENTER:
                     h -= mean
                 h = h * rstd * norm_weights[piece].to(tl.float32)  # 0 past the end, as the bias is
-                if norm_bias_ptr is not None:
+                if norm_biases is not None:
                     h += norm_biases[piece].to(tl.float32)
                 h = h.to(dtype)
             h = tl.permute(_operand(h, WARPS, 1), (0, 2, 1))
@@ -184,33 +176,81 @@ def _few_rows_kernel(
             acc = tl.fma(sums[chain], 1.0, acc)  # a plain sum would be made one chain again
         y = tl.sum(acc, 0)  # over the warps
 
-        if bias_ptr is not None:
-            y += bias[:, None]
-        y = activate(y, ACTIVATION)
-        if residual_ptr is not None:
-            y += residual.to(tl.float32)
-        tl.store(y_ptr + (split * M + m)[None, :] * N + col[:, None], y.to(y_ptr.dtype.element_ty), mask)
+        if FIRST > 0:
+            y += partial
+        if LAST:
+            if bias is not None:
+                y += bias[:, None]
+            y = activate(y, ACTIVATION)
+            if residual_ptr is not None:
+                y += residual.to(tl.float32)
+            tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask)
+        else:
+            tl.store(partial_ptr + place, y, mask)
 
 
+# M is in no binary: the code that forms a row is the same whatever M is.
 @triton.jit(do_not_specialize=["M"])
-def _few_rows_finish_kernel(
-    partial_ptr, bias_ptr, residual_ptr, y_ptr,
-    M, N, stride_residual_m,
-    BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, ACTIVATION: tl.constexpr,
+def _few_rows_kernel(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, partial_ptr, y_ptr,
+    M, N, stride_xm, stride_wn, stride_wk, stride_residual_m, eps,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, WARPS: tl.constexpr, PIECES: tl.constexpr, PASSES: tl.constexpr,
+    CENTER: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) = activation(the sum of partial (SPLITS, M, N) + bias) + residual, a row's BLOCK_N at a time."""
-    m = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = col < N
-    y = tl.load(partial_ptr + m * N + col, mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        y += tl.load(partial_ptr + (split * M + m) * N + col, mask, other=0.0)
+    """y (M, N), in passes by way of partial (M, N). WARPS is num_warps, PIECES what a pass has at most.
+
+    The tensors of four dimensions are (row, warp, half, element).
+    """
+    STEP: tl.constexpr = WARPS * 32
+    WHOLE: tl.constexpr = K // STEP
+    ALL: tl.constexpr = max(1, (K + STEP - 1) // STEP)
+    HALVES: tl.constexpr = BLOCK_N // 8
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    first = tl.program_id(0) * BLOCK_N
+    row = tl.arange(0, 8)
+    half = 8 * tl.arange(0, HALVES)
+    warp = 32 * tl.arange(0, WARPS)
+    element = tl.arange(0, 32)
+
+    # Everything down to the wait is constant while a model runs. Rows past the end are the last one again.
+    n = tl.minimum(first + row[:, None, None, None] + half[None, None, :, None], N - 1).to(tl.int64)
+    k4 = warp[None, :, None, None] + element[None, None, None, :]
+    weight_ptr += n * stride_wn + k4.to(tl.int64) * stride_wk
+    weights = _weights(weight_ptr, k4, stride_wk, K, 0, PIECES, WARPS, HALVES, dtype)
+    following = _weights(weight_ptr, k4, stride_wk, K, PIECES, PIECES, WARPS, HALVES, dtype)
+    k = warp[None, :, None] + element[None, None, :]
+    norm_weights = None
+    norm_biases = None
+    if norm_weight_ptr is not None:
+        # One copy for each row, so that every lane has what it needs where it needs it.
+        copies = tl.zeros((8, 1, 1), tl.int32) + k
+        norm_weights = ()
+        for piece in tl.static_range(ALL):
+            each = copies + piece * STEP
+            norm_weights = norm_weights + (_piece(norm_weight_ptr + each, each, K, piece, WHOLE),)
+        if norm_bias_ptr is not None:
+            norm_biases = ()
+            for piece in tl.static_range(ALL):
+                each = copies + piece * STEP
+                norm_biases = norm_biases + (_piece(norm_bias_ptr + each, each, K, piece, WHOLE),)
+    col = first + tl.arange(0, BLOCK_N)
+    bias = None
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + col, mask, other=0.0).to(tl.float32)
-    y = activate(y, ACTIVATION)
-    if residual_ptr is not None:
-        y += tl.load(residual_ptr + m * stride_residual_m + col, mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + col, y.to(y_ptr.dtype.element_ty), mask)
+        bias = tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    for each in tl.static_range(PASSES):
+        _multiply(
+            x_ptr, residual_ptr, partial_ptr, y_ptr, weights, norm_weights, norm_biases, bias,
+            k, col, M, N, stride_xm, stride_residual_m, eps,
+            K, WARPS, each * PIECES, min(PIECES, ALL - each * PIECES), ALL, CENTER, ACTIVATION,
+        )  # fmt: skip
+        weights = following
+        if each < PASSES - 1:
+            tl.debug_barrier()  # what some threads of this program have stored, others load
+            following = _weights(weight_ptr, k4, stride_wk, K, (each + 2) * PIECES, PIECES, WARPS, HALVES, dtype)
 
 
 def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None):
@@ -234,21 +274,16 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None)
             norm_weight = norm_bias = None
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else rows(residual)
-    after = (bias, residual, y)
-    stride_residual_m = 0 if residual is None else residual.stride(0)
-    split = tile.SPLITS > 1
-    partial = torch.empty((tile.SPLITS, M, N) if split else 0, dtype=torch.float32, device=x.device)
-    _few_rows_kernel[(cdiv(N, tile.BLOCK_N), tile.SPLITS)](
-        x, norm_weight, norm_bias, weight, *((None, None, partial) if split else after),
-        M, N, x.stride(0), weight.stride(0), weight.stride(1), 0 if split else stride_residual_m, eps,
+    pieces = max(1, cdiv(K, tile.num_warps * 32))
+    each = cdiv(pieces, tile.PASSES)
+    passes = cdiv(pieces, each)
+    partial = torch.empty((M, N), dtype=torch.float32, device=x.device) if passes > 1 else None
+    _few_rows_kernel[(cdiv(N, tile.BLOCK_N),)](
+        x, norm_weight, norm_bias, weight, bias, residual, partial, y,
+        M, N, x.stride(0), weight.stride(0), weight.stride(1), 0 if residual is None else residual.stride(0), eps,
         K=K, BLOCK_N=tile.BLOCK_N, WARPS=tile.num_warps,
-        PIECES=max(1, cdiv(K, tile.SPLITS * tile.num_warps * 32)), SPLITS=tile.SPLITS,
-        CENTER=center, ACTIVATION=None if split else activation,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(),
+        PIECES=each, PASSES=passes, CENTER=center, ACTIVATION=activation,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=128 if passes > 1 else None,
+        **dependent_launch(),
     )  # fmt: skip
-    if split:
-        _few_rows_finish_kernel[(cdiv(N, 128), M)](
-            partial, *after, M, N, stride_residual_m,
-            BLOCK_N=128, SPLITS=tile.SPLITS, ACTIVATION=activation, num_warps=1,
-        )  # fmt: skip
     return y

@@ -110,7 +110,7 @@ def test_activations_at_their_ends(activation):
 
 
 def wide(kind):
-    """K just up to and just past what 8 warps hold, what 16 hold, and several times that."""
+    """K just up to and just past what 8 warps hold, what 16 hold, and several passes."""
     size = kind.array(0.0).element_size()
     held, most = kernels._HELD[8] // size, kernels._HELD[16] // size
     return [held, held + 1, most, most + 1, 2 * most + 77]
@@ -133,16 +133,17 @@ def test_the_tile_is_of_the_weight_and_the_device(monkeypatch):
     assert few_rows_tile(3072, 768, 2, norm=True) == FewRowsTile(16, 8, 3, 1, True)
     assert few_rows_tile(768, 3072, 2, norm=False) == FewRowsTile(8, 16, 2, 1, False)
     assert few_rows_tile(50304, 768, 2, norm=True) == FewRowsTile(16, 8, 3, 1, False)
-    # Split where the registers end, and then as far as the multiprocessors go.
-    assert few_rows_tile(1600, 6400, 2, norm=False).SPLITS == 2
-    assert few_rows_tile(4096, 14336, 2, norm=False).SPLITS == 4
-    assert few_rows_tile(64, 14336, 2, norm=False).SPLITS == 8
-    assert few_rows_tile(64, 4096, 2, norm=False).SPLITS == 1
+    # Passes where the registers end, or where 16 warps would come to a multiprocessor twice.
+    assert few_rows_tile(1600, 6400, 2, norm=False) == FewRowsTile(8, 8, 3, 7, False)
+    assert few_rows_tile(1280, 5120, 2, norm=False) == FewRowsTile(8, 8, 3, 5, False)
+    assert few_rows_tile(1024, 4096, 2, norm=False) == FewRowsTile(8, 16, 2, 1, False)
+    assert few_rows_tile(768, 3072, 4, norm=False) == FewRowsTile(8, 8, 1, 6, False)
     for N in (1, 8, 50, 768, 50304):
         for K in (0, 1, 31, 768, 1664, 1665, 4096, 4097, 50000):
             for size in (2, 4):
                 tile = few_rows_tile(N, K, size, norm=True)
-                assert math.ceil(K / tile.SPLITS) * size <= kernels._HELD[tile.num_warps]
+                held = kernels._PASS if tile.PASSES > 1 else kernels._HELD[tile.num_warps]
+                assert math.ceil(K / tile.PASSES) * size <= held
 
 
 @kinds
@@ -176,7 +177,7 @@ def test_no_columns_at_all_give_the_bias():
     assert torch.equal(few_rows(x, weight, bias), bias.expand(3, 10))
 
 
-CASES = {"one program": (64, 20, 300), "norm on its own": (64, 200, 40), "split": (64, 5, 4200)}
+CASES = {"one program": (64, 20, 300), "norm on its own": (64, 200, 40), "passes": (64, 5, 6200)}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -32,7 +32,10 @@ keeps a maximum, a sum and a result of its own: lanes meet once, after the last 
 keys, one program serves up to 16 of them with matrix products, so that keys and values are read once.
 (Not in float32, which has no such products: there a group's heads find the keys in the L2 cache.)
 
-DEPENDENT (see `gpukernels.launches`): the first block of old keys and values is loaded before the wait.
+DEPENDENT (see `gpukernels.launches`): the length and the first block of old keys and values are loaded before the
+wait: the sampling kernel of the last step and this layer's attention then wrote them, long before the product in
+front of this kernel, the only one that may still run. Queries, the new key and value, which that product writes, and
+all stores stand behind the wait; programs without a share end at once, but each row has one that waits.
 
 Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, arXiv 1805.02867.
 """
@@ -58,7 +61,7 @@ _MOST_SPLITS = 128  # what the last program holds at once, 64 wide
 @triton.jit
 def _share(lengths_ptr, row, S, window, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """The row's keys in use, how many programs share them, and the keys of this one: from, to."""
-    length = tl.minimum(tl.load(lengths_ptr + row).to(tl.int32), S)
+    length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg").to(tl.int32), S)
     first = 0
     if window is not None:
         first = tl.maximum(length - window, 0)
@@ -72,16 +75,19 @@ def _share(lengths_ptr, row, S, window, split, SPLITS: tl.constexpr, BLOCK_N: tl
 def _load_block(
     ptr, start, stop, stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Keys or values `start` to `start + BLOCK_N`: (BLOCK_N, BLOCK_D), 0 from `stop` on. WHOLE: all are there."""
+    """Keys or values `start` to `start + BLOCK_N`: (BLOCK_N, BLOCK_D), 0 from `stop` on. WHOLE: all are there.
+
+    .cg: from the L2 cache, where whatever an earlier kernel wrote is, even before this one has waited.
+    """
     key, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     pointers = ptr + key[:, None].to(tl.int64) * stride + d[None, :]
     if WHOLE and D == BLOCK_D:
-        block = tl.load(pointers)
+        block = tl.load(pointers, cache_modifier=".cg")
     elif WHOLE:
-        block = tl.load(pointers, (d < D)[None, :], other=0.0)
+        block = tl.load(pointers, (d < D)[None, :], other=0.0, cache_modifier=".cg")
     else:
         # What lies past a row's length may be anything, and 0 * inf is NaN.
-        block = tl.load(pointers, (key < stop)[:, None] & (d < D)[None, :], other=0.0)
+        block = tl.load(pointers, (key < stop)[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg")
     return block
 
 

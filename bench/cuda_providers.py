@@ -1,0 +1,161 @@
+"""The runtimes that `bench.generate` compares on a GPU, each by one call: prompts in, greedy tokens out.
+
+All have the same random weights, drawn on the device: transformers' are copied from ours, plain torch's are the
+very same tensors. Everything runs on CPU tensors too, uncaptured.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from bench.torch_decoder import TorchDecoder, again, cuda_graph
+from model import gpt2
+from model.config import GPT2Config
+from model.decoder import Decoder
+from model.device import NumpyDevice, TorchDevice
+from model.generate import Limits, Row, run
+from model.language_model import LanguageModel
+from model.parameters import Parameters
+from model.sampling import Sampling
+
+OURS, EAGER = "ours, captured", "ours, eager"
+TRANSFORMERS, COMPILED = "transformers eager", "transformers static + compile"
+GRAPH = "torch + CUDA graph"
+NUMPY = "ours, NumPy float32"
+
+Prompts = Sequence[Sequence[int]]
+Generate = Callable[[Prompts, int], list[list[int]]]
+
+
+class Judge(Protocol):
+    """Tells right tokens from wrong ones."""
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """(T, V) of one sequence, in float32."""
+
+
+def random_model(config: GPT2Config, device: torch.device, dtype: str, seed: int = 0) -> LanguageModel:
+    """Weights drawn on the device, large enough that a text does not only repeat its last token."""
+    parameters = Parameters(gpt2.slots(config), TorchDevice(device), dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, array in parameters.items():
+        if array.ndim == 2:
+            array.normal_(0, array.shape[1] ** -0.5 if name.startswith("blocks.") else 0.02, generator=generator)
+        else:
+            array.fill_(float(name.endswith(".weight")))
+    return LanguageModel(config, parameters, eos_token_ids=())
+
+
+class Ours:
+    """`LanguageModel.generate`, as a user calls it."""
+
+    def __init__(self, lm: LanguageModel):
+        self._lm = lm
+
+    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
+        found = self._lm.generate([list(each) for each in prompts], max_new_tokens=new, batch_size=len(prompts))
+        return [each.tokens for each in found]
+
+
+class OursEager:
+    """The same loop over the decoder that launches op by op."""
+
+    def __init__(self, lm: LanguageModel):
+        self._lm, self._decoders = lm, {}
+
+    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
+        config, slots = self._lm.config, len(prompts)
+        if slots not in self._decoders:
+            self._decoders = {slots: Decoder(self._lm.parameters, config, rows=slots, capacity=config.n_positions)}
+        limits = Limits(config.n_positions, frozenset(), "error", new)
+        options = {"limits": limits, "sampling": Sampling(), "seed": 0, "stops": (), "tokenizer": None}
+        rows = [Row(list(prompt), stream=stream, **options) for stream, prompt in enumerate(prompts)]
+        for _ in run(self._decoders[slots], rows, slots=slots, limits=limits):
+            pass
+        return [row.tokens for row in rows]
+
+
+class Transformers:
+    """transformers' `generate`; static: its static cache, for which it compiles the step by itself on CUDA."""
+
+    def __init__(self, lm: LanguageModel, dtype: torch.dtype, *, static: bool = False):
+        import transformers
+
+        config, device = lm.config, lm.parameters["tokens.weight"].device
+        names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+        with torch.device(device):
+            ends = {"bos_token_id": None, "eos_token_id": None}
+            theirs = transformers.GPT2Config(**{name: getattr(config, name) for name in names}, **ends)
+            self._model = transformers.GPT2LMHeadModel(theirs).to(dtype).eval()
+        self._model.load_state_dict(dict(_theirs(lm)), strict=False)
+        self._device = device
+        self._options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        if static:
+            self._options |= {"cache_implementation": "static"}
+            if hasattr(transformers.GenerationConfig(), "max_cache_len"):
+                self._options |= {"max_cache_len": config.n_positions}  # one size, compiled once
+
+    @torch.no_grad()
+    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
+        ids = torch.tensor([list(each) for each in prompts], device=self._device)
+        mask = torch.ones_like(ids)
+        found = self._model.generate(ids, attention_mask=mask, max_new_tokens=new, **self._options)
+        return found[:, ids.shape[1] :].tolist()
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        return self._model(torch.tensor([list(ids)], device=self._device)).logits[0].float().cpu().numpy()
+
+
+def _theirs(lm: LanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our weights by transformers' names, as it lays them out."""
+    for name, array in lm.parameters.items():
+        slot = lm.parameters.slots[name]
+        yield f"transformer.{slot.source}", array.T if slot.transposed else array
+    yield "lm_head.weight", lm.parameters["tokens.weight"]
+
+
+class TorchGraph:
+    """`TorchDecoder`; one for each number of rows and each length, captured before it is timed."""
+
+    def __init__(self, lm: LanguageModel):
+        self._lm, self._made = lm, {}
+        self._capture = cuda_graph if lm.parameters.device.name.startswith("cuda") else again
+
+    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
+        rows, capacity = len(prompts), -(-(len(prompts[0]) + max(new, 64)) // 64) * 64
+        if (rows, capacity) not in self._made:
+            config, weights = self._lm.config, self._lm.parameters
+            decoder = TorchDecoder(weights, config, rows=rows, capacity=capacity, capture=self._capture)
+            self._made = {(rows, capacity): decoder}
+        return self._made[rows, capacity].generate(prompts, new)
+
+
+def providers(lm: LanguageModel, *, compiled: bool) -> dict[str, Generate]:
+    """By name, all that can run here; transformers' need it to be installed."""
+    from bench.providers import installed
+
+    dtype = lm.parameters["tokens.weight"].dtype
+    found: dict[str, Generate] = {OURS: Ours(lm), EAGER: OursEager(lm), GRAPH: TorchGraph(lm)}
+    if not lm.parameters.device.name.startswith("cuda"):
+        del found[OURS]  # nothing is captured
+    if installed("transformers"):
+        found[TRANSFORMERS] = Transformers(lm, dtype)
+        if compiled:
+            found[COMPILED] = Transformers(lm, dtype, static=True)
+    return found
+
+
+def on_numpy(lm: LanguageModel) -> Generate:
+    """The same weights on the host."""
+    parameters = Parameters(lm.parameters.slots.values(), NumpyDevice(), "float32")
+    for name, array in lm.parameters.items():
+        parameters[name] = array.float().cpu().numpy()
+    return Ours(LanguageModel(lm.config, parameters, eos_token_ids=()))
+
+
+def judge(lm: LanguageModel) -> Judge:
+    """transformers in float32, with the same weights."""
+    return Transformers(lm, torch.float32)

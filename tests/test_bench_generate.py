@@ -1,0 +1,174 @@
+"""The decoding benchmark, run on a tiny model on CPU tensors: answers, figures, targets, page, refusals."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from bench import cuda_generate, generate_page, generate_targets
+from bench.cost_card import card, step
+from bench.cuda_generate import SHORT, Case, measure
+from bench.cuda_providers import (
+    COMPILED,
+    EAGER,
+    GRAPH,
+    NUMPY,
+    OURS,
+    TRANSFORMERS,
+    TorchGraph,
+    Transformers,
+    random_model,
+)
+from model import PRESETS
+from model.config import GPT2Config
+
+CONFIG = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_model(CONFIG, CPU, "float32")
+
+
+def prompts(batch, context):
+    return np.random.default_rng(1).integers(0, 300, (batch, context)).tolist()
+
+
+@pytest.mark.parametrize(("batch", "context", "new"), [(1, 1, 5), (3, 20, 12), (2, 40, 24)])
+def test_the_rival_in_plain_torch_is_a_right_one(lm, batch, context, new):
+    wanted = Transformers(lm, torch.float32)(prompts(batch, context), new)
+    assert len({token for row in wanted for token in row}) > batch, "the text should not only repeat a token"
+    graph = TorchGraph(lm)
+    assert graph(prompts(batch, context), new) == wanted
+    assert graph(prompts(batch, context), new) == wanted, "and again"
+    assert Transformers(lm, torch.float32, static=True)(prompts(batch, context), new) == wanted
+
+
+def measured(**options):
+    defaults = {"device": CPU, "dtype": "float32", "rounds": 2, "compiled": False, "bandwidth": 1e10}
+    return [row for rows in measure("tiny", CONFIG, [Case(2, 8, 4)], **defaults | options) for row in rows]
+
+
+def test_a_row_for_every_runtime():
+    rows = measured()
+    assert [row["runtime"] for row in rows] == [EAGER, GRAPH, TRANSFORMERS]
+    moved = step(CONFIG, "float32", batch=2, context=10).moved
+    for row in rows:
+        assert row["regret"] <= 1e-4
+        assert row["decode_tokens_per_second"] == pytest.approx(2 / (row["token_ms"] / 1e3))
+        assert row["share_of_bandwidth"] == pytest.approx(moved / 1e10 / (row["token_ms"] / 1e3))
+        assert row["over"].keys() == {EAGER, GRAPH, TRANSFORMERS} - {row["runtime"]}
+    assert rows[1]["over"][EAGER] > 0
+    assert "share_of_bandwidth" not in measured(bandwidth=None)[0]
+
+
+def test_our_numpy_path_comes_last():
+    row = measured(numpy=True)[-1]
+    assert (row["runtime"], row["dtype"], row["over"]) == (NUMPY, "float32", {})
+    assert row["regret"] <= 1e-4
+    assert row["tokens_per_second"] > 0
+    rows = [a_row(OURS), a_row(NUMPY, tokens_per_second=100.0) | {"dtype": "float32"}]
+    found = {each["target"]: each for each in generate_targets.compared(rows, "NVIDIA H200")}
+    (ratio,) = (each for name, each in found.items() if "NumPy" in name)
+    assert (ratio["measured"], ratio["met"]) == (46.0, False)
+
+
+@pytest.mark.parametrize("wrong", ["another token", "too many", "an error"])
+def test_a_wrong_answer_gets_no_speed(monkeypatch, wrong):
+    class Wrong(TorchGraph):
+        def __call__(self, prompts, new):
+            if wrong == "an error":
+                raise RuntimeError("no memory\nat all")
+            found = super().__call__(prompts, new)
+            found[1][2:] = [(found[1][2] + 1) % 300] * (new - 2 if wrong == "another token" else new)
+            return found
+
+    every = cuda_generate.providers
+    monkeypatch.setattr(cuda_generate, "providers", lambda lm, **options: every(lm, **options) | {GRAPH: Wrong(lm)})
+    rows = {row["runtime"]: row for row in measured()}
+    words = {"another token": "wrong answer", "too many": "another number", "an error": "RuntimeError: no memory"}
+    assert ("regret" in rows[GRAPH]) == (wrong == "another token")
+    assert rows[GRAPH].get("regret", 1) > 1e-3
+    assert "token_ms" not in rows[GRAPH]
+    assert GRAPH not in rows[EAGER]["over"]
+    assert words[wrong] in generate_page.tables(list(rows.values())).popitem()[1][1][1]
+
+
+def a_row(runtime, case=SHORT, preset="gpt2", **figures):
+    figures = {"first_token_ms": 1.0, "token_ms": 0.2, "tokens_per_second_20_80": [1.0, 2.0], "over": {}} | figures
+    figures = {"decode_tokens_per_second": 5000.0, "tokens_per_second": 4600.0, "regret": 0.0} | figures
+    return {"preset": preset, "dtype": "float16", **case._asdict(), "runtime": runtime, **figures}
+
+
+def test_targets_are_told_from_measured_figures():
+    nothing = generate_targets.compared([], "NVIDIA H100 80GB HBM3")
+    assert all(each["measured"] is None and each["met"] is None for each in nothing)
+    rows = [a_row(OURS, over={TRANSFORMERS: 31.0, GRAPH: 2.5}), a_row(TRANSFORMERS), a_row(GRAPH)]
+    found = {each["target"]: each["met"] for each in generate_targets.compared(rows, "NVIDIA H100 80GB HBM3")}
+    assert found["decode, batch 1, context 128, tokens/s"] is False
+    assert found["128 + 32 with prefill and sampling, tokens/s"] is True
+    assert found[f"128 + 32 over {TRANSFORMERS}"] is True
+    assert found[f"128 + 32 over {GRAPH}"] is False
+    assert found[f"128 + 32 over {COMPILED}"] is None, "it did not run"
+    assert found["GPT-2 XL, decode, batch 1, context 128, tokens/s"] is None
+    elsewhere = {each["target"]: each["met"] for each in generate_targets.compared(rows, "NVIDIA H200")}
+    assert elsewhere["128 + 32 with prefill and sampling, tokens/s"] is None
+    assert elsewhere[f"128 + 32 over {TRANSFORMERS}"] is True
+    wrong = {key: rows[0][key] for key in ("preset", "dtype", "batch", "context", "new", "runtime", "regret")}
+    assert generate_targets.compared([wrong], "NVIDIA H100 80GB HBM3")[0]["met"] is False
+
+
+def test_the_page_has_tables_and_plots():
+    rows = measured()
+    document = {"device": "a <CPU>", "date": "2026-11-27", "versions": {"torch": "2"}, "rows": rows}
+    document |= {"card": card(["gpt2"], "float16", [(1, 128)], {"3 TB/s": 3e12})}
+    document |= {"targets": generate_targets.compared(rows, "a CPU")}
+    text = generate_page.page(json.loads(json.dumps(document))).html
+    assert text.count("<svg") == 2
+    for word in ("a &lt;CPU&gt;", TRANSFORMERS, "247.3 MB", "not yet measured", "batch 2, 8 + 4 tokens"):
+        assert word in text
+
+
+def test_the_card():
+    """GPT-2 has 124,439,808 parameters, 1024 x 768 of them positions."""
+    cost = step(PRESETS["gpt2"], "float16", batch=8, context=900)
+    assert cost.weights == 2 * (124_439_808 - 1024 * 768)
+    assert cost.cache == 2 * 2 * 12 * 8 * 900 * 768
+    assert cost.limit(1e12) == pytest.approx(8 * 1e12 / (cost.weights + cost.cache))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--preset", "gpt3"], "gpt2-xl"),
+        (["--device", "cuda"], "CUDA"),
+        (["--device", "cpu", "--case", "1x128+32"], "--case"),
+        (["--preset", "gpt2", "--preset", "gpt2-xl"], "one preset"),
+        (["--html", "no/such/folder.html"], "no folder"),
+        (["--dtype", "int8"], "float16"),
+        (["--device", "cpu", "--dtype", "float32"], "--dtype"),
+        (["--device", "tpu"], "auto, cpu or cuda"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else " ".join(each),
+)
+def test_refusals_are_one_line(arguments, word):
+    if torch.cuda.is_available() and "cpu" not in arguments:
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, "-m", "bench.generate", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert word in done.stderr
+
+
+@pytest.mark.parametrize("text", ["8x128", "0x1+2", "1x8+1", "1x8+32 ", "ax1+2"])
+def test_a_case_that_cannot_be(text):
+    assert Case.read("64x900+32") == Case(64, 900, 32)
+    with pytest.raises(ValueError, match="8x128\\+32"):
+        Case.read(text)
+    with pytest.raises(ValueError, match="64 positions"):
+        Case(1, 60, 5).check([CONFIG])
