@@ -21,7 +21,7 @@ from model.errors import (
 )
 from model.generate import Generation
 from model.language_model import LanguageModel
-from model.loader import from_config, load
+from model.loading import from_config, load
 from model.parameters import Parameters
 from model.prompts import Prompt, few_shot
 from model.sampling import Sampling

@@ -12,7 +12,7 @@ from model.cli.options import CacheDir, Local, ModelOption, Revision
 from model.device import why_no_cuda
 from model.finetune.settings import Settings
 from model.load import BUNDLED
-from model.loader import load
+from model.loading import load
 
 #: The defaults live once.
 _D = Settings()

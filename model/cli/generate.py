@@ -17,7 +17,7 @@ from model.files import read_json
 from model.generate import Generation
 from model.language_model import LanguageModel
 from model.load import BUNDLED
-from model.loader import load
+from model.loading import load
 from model.memory import human
 from model.prompts import few_shot
 
