@@ -13,7 +13,9 @@ COLUMNS = ("target", "wanted", "measured", "target met?")
 
 
 class Target(NamedTuple):
-    """One number to reach: a figure of a row of ours, or how many times faster than a rival it is, end to end."""
+    """One number to reach: a figure of a row of ours, or how many times faster than a rival it is: end to end, or,
+    with the figure "token_ms", while decoding.
+    """
 
     what: str
     case: Case
@@ -33,7 +35,7 @@ TARGETS = (
     Target("128 + 32 over our NumPy path, of a 16-core host", SHORT, 50, rival=NUMPY),
     Target("decode, batch 8, context 128, tokens/s", Case(8, 128, 32), 30_000),
     Target("decode, batch 64, context 128, tokens/s", Case(64, 128, 32), 140_000),
-    Target("batch 64 over torch + CUDA graph", Case(64, 128, 32), 2, rival=GRAPH),
+    Target("decode, batch 64, over torch + CUDA graph", Case(64, 128, 32), 2, "token_ms", GRAPH),
     Target("GPT-2 XL, decode, batch 1, context 128, tokens/s", SHORT, 750, preset="gpt2-xl"),
 )
 
@@ -55,6 +57,9 @@ def _compared(target: Target, rows: Sequence[Row], gpu: str) -> dict[str, Any]:
     elif target.rival == NUMPY:  # not timed in turn with the others
         theirs = _row(rows, target, NUMPY, "float32") or {}
         measured = ours["tokens_per_second"] / theirs["tokens_per_second"] if "token_ms" in theirs else None
+    elif target.figure == "token_ms":
+        theirs = _row(rows, target, target.rival, "float16") or {}
+        measured = theirs["token_ms"] / ours["token_ms"] if "token_ms" in theirs else None
     else:
         measured = ours["over"].get(target.rival)
     return found if measured is None else found | {"measured": measured, "met": measured >= target.wanted}

@@ -198,22 +198,23 @@ def run(decoder: Decoder, rows: Sequence[Row], *, slots: int, limits: Limits) ->
     waiting, active = rows if isinstance(rows, deque) else deque(rows), []
     running: list[tuple[list[Row], Tokens]] = []  # steps whose tokens have not been read, and for which rows
     while waiting or active:
+        joining = []
         while waiting and len(active) < slots:
             row = waiting.popleft()
-            if row.finish_reason is not None:
-                continue
-            (token,) = row.start(decoder, len(active))()
-            yield row, row.accept(token)
             if row.finish_reason is None:
+                joining.append((row, row.start(decoder, len(active))))
                 active.append(row)
-            else:
-                decoder.release(len(active))
+        for row, tokens in joining:  # read when all are on their way
+            if row.finish_reason is None:
+                yield row, row.accept(*tokens())
+        # A row that has ended by now leaves before the next step, and makes room.
+        ready = all(row.finish_reason is None for row in active)
         full = [slot for slot in range(len(active)) if decoder.lengths[slot] == limits.positions]
-        if full and not running:
+        if full and not running and ready:
             for slot in full:
                 (token,) = active[slot].start(decoder, slot)()
                 yield active[slot], active[slot].accept(token)
-        elif not full and not all(row.ends_with(len(running)) for row in active):
+        elif ready and not full and not all(row.ends_with(len(running)) for row in active):
             running.append((list(active), decoder.step(len(active))))
         if running and (full or len(running) > decoder.ahead or all(row.ends_with(len(running)) for row in active)):
             fed, tokens = running.pop(0)

@@ -5,8 +5,9 @@ everything that changes from step to step lies in device memory. Rows of the buc
 the length 0, and nothing is read or written for them.
 
 A prompt is a hundred launches, which cost the host more than they cost the GPU. So prompts are filled up in
-front, to 16, 32, 64, ... tokens, with ones at positions below 0, which attention leaves out; and those of row 0,
-where whoever is alone waits, are graphs too. The other rows launch the same kernels one by one, for the same bits.
+front, to 16, 32, 64, ... tokens, with ones at positions below 0, which attention leaves out, and there is a graph
+for each of these lengths. It fills the last row, which is free while rows are joining, and from there keys and
+values are copied to the row that they are for. Where it is not free, the same kernels are launched one by one.
 """
 
 import importlib.util
@@ -77,15 +78,19 @@ class GraphDecoder(Decoder):
         size = min(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), self.capacity)
         if size > CHUNK:
             return super().prefill(row, ids)
-        blank = [0] * (size - len(ids))
+        blank, last = [0] * (size - len(ids)), self.rows - 1
         prompt = self._device.indices([[*blank, *ids], [*blank, *range(len(ids))]])
-        if row > 0:
+        if row != last and self.lengths[last]:
             self._hold(row, len(ids))
             return self._prompt_logits(row, prompt)
         replay, logits = self._prompt_graph(size)
         self._device.assign(self._prompts[size], prompt)
-        self._hold(row, len(ids))
+        self._hold(last, len(ids))
         replay()
+        if row != last:
+            self.cache.move(last, row)
+            self.lengths[row] = len(ids)
+            self.release(last)
         return logits
 
     def warm_up(self) -> None:
@@ -111,7 +116,7 @@ class GraphDecoder(Decoder):
     def _prompt_graph(self, size: int) -> tuple[Callable[[], None], Any]:
         if size not in self._prompts:
             self._prompts[size] = self._device.indices([[0] * size] * 2)
-        return self._graph(("prompt", size), lambda: self._prompt_logits(0, self._prompts[size]))
+        return self._graph(("prompt", size), lambda: self._prompt_logits(self.rows - 1, self._prompts[size]))
 
     def _prompt_logits(self, row: int, prompt: Any) -> Any:
         """(1, V) behind a prompt: ids and positions, (2, T)."""

@@ -118,6 +118,9 @@ def test_targets_are_told_from_measured_figures():
     elsewhere = {each["target"]: each["met"] for each in generate_targets.compared(rows, "NVIDIA H200")}
     assert elsewhere["128 + 32 with prefill and sampling, tokens/s"] is None
     assert elsewhere[f"128 + 32 over {TRANSFORMERS}"] is True
+    large = [a_row(OURS, Case(64, 128, 32)), a_row(GRAPH, Case(64, 128, 32), token_ms=0.5)]
+    found = {each["target"]: each for each in generate_targets.compared(large, "NVIDIA H200")}
+    assert found[f"decode, batch 64, over {GRAPH}"]["measured"] == pytest.approx(2.5)
     wrong = {key: rows[0][key] for key in ("preset", "dtype", "batch", "context", "new", "runtime", "regret")}
     assert generate_targets.compared([wrong], "NVIDIA H100 80GB HBM3")[0]["met"] is False
 

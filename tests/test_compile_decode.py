@@ -2,28 +2,37 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import cost_card
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
+from gpukernels.compile_report.recording import stand_in
 from gpukernels.launches import dependent_launches
+from gpukernels.library.registry import LAUNCHERS
 from model import PRESETS
 from model.decoder import Decoder
 from model.device import TorchDevice
 from model.gpt2 import slots
 from model.parameters import Parameters
-from model.sampling import DRAWING, FILTERS
+from model.sampling import DRAWING, FILTERS, PENALTY
 
 SPILL = 16
 
 
 def step(preset: str, dtype: str, *, rows: int = 1, names=()):
     """A step of a preset as a graph of it is captured, on tensors without data."""
+    decoder = decoder_of(preset, dtype, rows=rows)
+    with dependent_launches():
+        decoder._step(rows, decoder.capacity, names)
+
+
+def decoder_of(preset: str, dtype: str, *, rows: int) -> Decoder:
     config = PRESETS[preset]
     parameters = Parameters(slots(config), TorchDevice(torch.device("meta")), dtype)
     decoder = Decoder(parameters, config, rows=rows, capacity=config.n_positions)
-    with dependent_launches():
-        decoder._step(rows, config.n_positions, names)
+    decoder.sampling._arrays["seen"] = torch.empty((rows, config.vocab_size), dtype=torch.bool, device="meta")
+    return decoder
 
 
 EVERY = [(preset, "float16") for preset in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] + [("gpt2", "float32")]
@@ -37,6 +46,40 @@ def test_five_launches_a_layer_and_three_beside(preset, dtype, rows):
     names = [launch.kernel for launch in launches]
     few, attention = "_few_rows_kernel", "_decode_head_kernel"
     assert names == [few, attention, few, few, few] * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
+
+
+class Seen(TorchDispatchMode):
+    """The names of torch's own ops, those inside the launchers too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "gpukernels":
+            with self:
+                return LAUNCHERS[op._schema.name.removeprefix("gpukernels::")](*args)
+        self.names.add(op.name().partition(".")[0])
+        return op(*args, **(kwargs or {}))
+
+
+# Of a float32 array to float32: nothing.
+VIEWS = {"select", "slice", "view", "reshape", "transpose", "unsqueeze", "alias", "numpy_T", "empty", "to"}
+
+
+@pytest.mark.parametrize("what", ["a step", "a prompt"])
+def test_nothing_but_kernels_of_ours_is_launched(what):
+    """So nothing stands between dependent kernels, and a graph holds what `record` shows."""
+    config = PRESETS["gpt2"]
+    decoder = decoder_of("gpt2", "float16", rows=4)
+    prompt = torch.empty((2, 128), dtype=torch.int32, device="meta")
+    with stand_in(90) as launches, Seen() as seen:
+        if what == "a step":
+            decoder._step(4, config.n_positions, (*DRAWING, *FILTERS, *PENALTY))
+        else:
+            decoder._read(0, prompt[:1], prompt[1:], config.n_positions)
+    assert len(launches) >= 5 * config.n_layer
+    assert {name.removeprefix("aten::") for name in seen.names} <= VIEWS
 
 
 @pytest.mark.parametrize("rows", [1, 64])

@@ -12,10 +12,11 @@ One program takes one row and passes over it, from memory once and from the L2 c
     the sum that min-p leaves                                 1 pass where there is a min-p
     the block in which the draw falls, then the token         1 pass and a block
 
-A search halves an interval of distances, seen as the integers whose bits they are, until one token or one
-integer is left in it: 31 passes at most; with 50,257 normally distributed logits, 12 to 18 for a top-k of 50
-and 20 to 25 for a top-p of 0.9. A pass costs V comparisons for top-k, V weights of about 30 integer
-instructions for the others, and V b bytes of a row of elements of b bytes (and V for `seen`).
+A search halves an interval of distances, seen as the integers whose bits they are, and draws its ends in to
+distances that there are, until one token or one distance is left in it: 31 passes at most; with 50,257 normally
+distributed logits, 10 to 12 for a top-k of 50 and 12 to 21 for a top-p of 0.9. A pass costs V comparisons for
+top-k, V weights of about 30 integer instructions for the others, and V b bytes of a row of elements of b bytes
+(and V for `seen`).
 
 One program a row leaves most of a GPU idle at B = 1. To divide a row, every sum would be made by a
 program for each slice, which could then stay in registers, and the slices' whole numbers added up in any
@@ -83,16 +84,31 @@ def _kept(
     x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Of one block: the weights within `limit` that are not below `least`, 0 for the others; COUNT: 1 for each."""
+    """Of one block: the weights within `limit` that are not below `least`, 0 for the others; who is within; the bits
+    of the distances. COUNT: the weight is 1 for each within.
+    """
     # abs: two zeros of different sign are 0 apart, not -0.
     distance = tl.abs(peak - _load_logits(x_ptr, seen_ptr, penalty, start, V, BLOCK, WHOLE))
-    near = distance.to(tl.int32, bitcast=True) <= limit
+    bits = distance.to(tl.int32, bitcast=True)
+    near = bits <= limit
     if COUNT:
         weight = near.to(tl.int64)
     else:
         weight = _weights(distance, rate)
         weight = tl.where(near & (weight >= least), weight, 0)
-    return weight, near.to(tl.int32)
+    return weight, near, bits
+
+
+@triton.jit
+def _add(
+    x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, total, count, inner, outer,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """One more block, by lanes: see `_total`."""
+    weight, near, bits = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, WHOLE, COUNT)
+    inner = tl.maximum(inner, tl.where(near, bits, -1))
+    outer = tl.minimum(outer, tl.where(near, _INFINITY, bits))
+    return total + weight, count + near.to(tl.int32), inner, outer
 
 
 @triton.jit
@@ -100,18 +116,23 @@ def _total(
     x_ptr, seen_ptr, penalty, V, peak, rate, limit, least,
     BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The weight (COUNT: the number) of all that `_kept` keeps, and how many are within `limit`."""
-    weight, near = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
+    """The weight (COUNT: the number) of all that `_kept` keeps; how many are within `limit`; the bits of the largest
+    distance that is, and of the least that is not.
+    """
+    total, count = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
+    inner, outer = tl.full((BLOCK,), -1, tl.int32), tl.full((BLOCK,), _INFINITY, tl.int32)
     whole = V // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=4):
-        more, nearer = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, COUNT)
-        weight += more
-        near += nearer
+        total, count, inner, outer = _add(
+            x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, total, count, inner, outer,
+            BLOCK, True, COUNT,
+        )  # fmt: skip
     if whole < V:
-        more, nearer = _kept(x_ptr, seen_ptr, penalty, whole, V, peak, rate, limit, least, BLOCK, False, COUNT)
-        weight += more
-        near += nearer
-    return tl.sum(weight, 0), tl.sum(near, 0)
+        total, count, inner, outer = _add(
+            x_ptr, seen_ptr, penalty, whole, V, peak, rate, limit, least, total, count, inner, outer,
+            BLOCK, False, COUNT,
+        )  # fmt: skip
+    return tl.sum(total, 0), tl.sum(count, 0), tl.max(inner, 0), tl.min(outer, 0)
 
 
 @triton.jit
@@ -119,15 +140,18 @@ def _search(
     x_ptr, seen_ptr, penalty, V, peak, rate, need, limit, total, near,
     BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The least limit whose total is `need` or more, its total, and how many are within; the given one has enough."""
+    """A limit whose total is `need` or more and below which none is enough; the given one has enough.
+
+    Its total, and how many are within.
+    """
     low, low_near = -1, 0  # a limit that has too little
     while (limit - low > 1) & (near - low_near > 1) & (total != need):
         middle = low + (limit - low) // 2
-        new_total, new_near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, middle, 0, BLOCK, COUNT)
+        new_total, new_near, inner, outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, middle, 0, BLOCK, COUNT)
         if new_total >= need:
-            limit, total, near = middle, new_total, new_near
+            limit, total, near = inner, new_total, new_near
         else:
-            low, low_near = middle, new_near
+            low, low_near = outer - 1, new_near
     return limit, total, near
 
 
@@ -139,7 +163,7 @@ def _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK: 
     for start in tl.range(0, whole, BLOCK, num_stages=4):
         here = so_far <= target
         block, before = tl.where(here, start, block), tl.where(here, so_far, before)
-        weight, _within = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, False)
+        weight, _near, _bits = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, False)
         so_far += tl.sum(weight, 0)
     # Where the target is not passed by now, it is in what is left.
     here = so_far <= target
@@ -194,7 +218,7 @@ def _sample_kernel(
                     limit, _count, near = _search(
                         x_ptr, seen_ptr, penalty, V, peak, rate, k, limit, V.to(tl.int64), near, BLOCK, True
                     )
-            total, _near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
+            total, _near, _inner, _outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
             if top_p_ptr is not None:
                 part = (tl.load(top_p_ptr + row) * _UNIFORMS).to(tl.int64)
                 if part < _UNIFORMS:
@@ -205,7 +229,9 @@ def _sample_kernel(
             if min_p_ptr is not None:
                 least = tl.ceil(tl.minimum(tl.load(min_p_ptr + row), 1.0) * _HEAVIEST).to(tl.int64)
                 if least > 0:
-                    total, _near = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
+                    total, _near, _inner, _outer = _total(
+                        x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False
+                    )
 
             if uniform_ptr is not None:
                 draw = (tl.load(uniform_ptr + row) * _UNIFORMS).to(tl.int64)
@@ -217,7 +243,9 @@ def _sample_kernel(
             target = _part(total, draw, 0)
 
             block, before = _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK)
-            weight, _within = _kept(x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, False)
+            weight, _near, _bits = _kept(
+                x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, False
+            )
             token = block + tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
     token = tl.where(finite, token, -1)
     if lengths_ptr is not None:

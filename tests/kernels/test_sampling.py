@@ -9,6 +9,7 @@ from truth import host
 
 from gpukernels import numpy_ops, sample
 from gpukernels.kernels import sampling
+from gpukernels.kernels.device import INTERPRETING
 from gpukernels.numpy_ops.sampling import candidates
 
 ROWS = 8
@@ -162,3 +163,22 @@ def test_the_largest_vocabulary_does_not_overflow_the_sums(monkeypatch):
     monkeypatch.undo()
     x, one = torch.zeros(1, 2**22, device=DEVICE), torch.ones(1, device=DEVICE)
     assert sample(x, temperature=one, uniforms=one - 2**-24, top_p=0.999 * one).item() == 2**22 - 1
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="passes are counted in the interpreter")
+@pytest.mark.parametrize(("option", "most"), [({"top_k": 50}, 12), ({"top_p": 0.9}, 18)], ids=["top-k", "top-p"])
+def test_a_search_takes_few_passes(monkeypatch, option, most):
+    """float16 has few distances, and many tokens at each: halving integers alone takes 31 passes."""
+    total, passes = sampling._total, []
+
+    def counted(*arguments):
+        passes.append(arguments)
+        return total(*arguments)
+
+    monkeypatch.setattr(sampling, "_BLOCK", 4096)
+    monkeypatch.setattr(sampling, "_total", counted)
+    logits = np.random.default_rng(0).standard_normal((1, 20_000)).astype(np.float16)
+    (name, value) = option.copy().popitem()
+    value = np.array([value], np.int32 if name == "top_k" else np.float32)
+    check(logits, temperature=np.ones(1, np.float32), uniforms=np.array([0.5], np.float32), **{name: value})
+    assert 2 <= len(passes) <= most
