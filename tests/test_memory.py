@@ -291,3 +291,11 @@ def test_what_cannot_be_asked_is_refused(refused, arguments, says):
 def test_python_refuses_what_cannot_be(options, error):
     with pytest.raises(error, match=next(iter(options))):
         model.from_config(CONFIG, device="cpu").memory(**options)
+
+
+@linux
+def test_a_model_in_memory_is_measured_by_one_of_its_shape():
+    found = model.from_config(SMALL, device="cpu").memory(batch=2, context=64, measure=True)
+    assert found.measured.peak == pytest.approx(found.predicted.peak, rel=0.1)
+    assert found.measured.load_seconds is None
+    assert found.available > found.predicted.peak
