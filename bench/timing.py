@@ -27,16 +27,19 @@ class Times:
         return float(np.median(np.divide(other.seconds, self.seconds)))
 
 
-def interleaved(runs: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1) -> dict[str, Times]:
+def interleaved(
+    runs: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1, pause: float = _PAUSE
+) -> dict[str, Times]:
     """Runs each once a round, in turn, so that the machine's moods fall on all of them alike.
 
     A run returns the seconds that it took. Each begins after a pause: a runtime's threads go on spinning
-    for a while when it has answered (OpenMP's for 200 ms), and would hold the cores of the next one.
+    for a while when it has answered (OpenMP's for 200 ms), and would hold the cores of the next one. A GPU
+    needs none.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):
         for name, run in runs.items():
-            time.sleep(_PAUSE)
+            time.sleep(pause)
             elapsed = run()
             if number >= warmup:
                 seconds[name].append(elapsed)

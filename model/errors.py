@@ -39,6 +39,14 @@ class OutOfMemoryError(ModelError):
     """More memory than is free: refused before it was asked for, or found out while it was used."""
 
 
+class DataError(ModelError):
+    """Training data that cannot be read, or that has nothing to train on."""
+
+
+class TrainingError(ModelError):
+    """A run of fine-tuning that cannot start, cannot be resumed, or has come to nothing."""
+
+
 class LoadNotice(UserWarning):
     """Something about a checkpoint that loads, which its user should know."""
 

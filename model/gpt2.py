@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gpukernels import attention, cached_attention, embedding, linear, norm_linear
+from gpukernels import attention, cached_attention, embedding, layer_norm, linear, linear_cross_entropy, norm_linear
 from model.cache import Cache
 from model.config import ACTIVATIONS, GPT2Config
 from model.parameters import Parameters, Slot
@@ -125,19 +125,30 @@ def blocks(parameters: Parameters, config: GPT2Config, x, cache: Cache | None = 
     return x
 
 
-def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = None, *, last_only: bool = False):
-    """One block: x (B, T, C) -> (B, T, C), or (B, 1, C), from the parameters of that block alone."""
+def block(
+    p: Mapping,
+    config: GPT2Config,
+    layer: int,
+    x,
+    cache: Cache | None = None,
+    *,
+    last_only: bool = False,
+    documents=None,
+):
+    """One block: x (B, T, C) -> (B, T, C), or (B, 1, C), from the parameters of that block alone.
+
+    `documents` (B, T), where there is no cache: tokens see those of their own run of equal numbers only.
+    """
     batch, new, _ = x.shape
     eps = config.layer_norm_epsilon
 
     qkv = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps)
-    qkv = qkv.reshape(batch, new, 3, config.n_head, config.head_width)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    q, k, v = _thirds(qkv.reshape(batch, new, 3, config.n_head, config.head_width))
     if last_only:
         q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
     scale = config.attention_scale(layer)
     if cache is None:
-        y = attention(q, k, v, scale=scale)
+        y = attention(q, k, v, scale=scale, documents=documents)
     else:
         y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, scale=scale, arrivals=cache.arrivals)
     x = linear(y.reshape(x.shape), p["projection.weight"], p["projection.bias"], residual=x)
@@ -154,9 +165,25 @@ def block(p: Mapping, config: GPT2Config, layer: int, x, cache: Cache | None = N
     return linear(up, p["down.weight"], p["down.bias"], residual=x)
 
 
+def _thirds(qkv):
+    """q, k and v of (B, T, 3, H, D). The gradient of torch's unbind writes qkv's once; that of three slices thrice."""
+    return qkv.unbind(2) if hasattr(qkv, "unbind") else (qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+
+
 def unembed(parameters: Parameters, config: GPT2Config, x):
     """Logits (..., V) of hidden states (..., C)."""
     root = parameters.root
     head = parameters.padded["head.weight" if "head.weight" in root else "tokens.weight"]
     logits = norm_linear(x, root["norm.weight"], root["norm.bias"], head, eps=config.layer_norm_epsilon)
     return logits[..., : config.vocab_size]
+
+
+def loss(parameters: Parameters, config: GPT2Config, x, targets, *, reduction: str = "sum"):
+    """The cross entropy of hidden states (..., C) with the tokens that follow, (...), -100 where none counts.
+
+    The logits of all tokens are never in memory on a GPU: see `gpukernels.linear_cross_entropy`.
+    """
+    root = parameters.root
+    head = root["head.weight"] if "head.weight" in root else root["tokens.weight"]
+    x = layer_norm(x, root["norm.weight"], root["norm.bias"], eps=config.layer_norm_epsilon)
+    return linear_cross_entropy(x, head, targets, reduction=reduction)

@@ -1,5 +1,6 @@
 """`LanguageModel`: a loaded model and everything that can be asked of it."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model import gpt2
+from model.adapter import merge, read_adapter
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos
 from model.decoder import Decoder
@@ -272,6 +274,56 @@ class LanguageModel:
         require_tokenizer(self.tokenizer, "text")
         return Stream(request.rows[0], self._run(request, 1))
 
+    def finetune(
+        self,
+        dataset: Any,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        validation_data: Any = None,
+        trackers: Sequence[Any] = (),
+        console: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Trains the model on a text; the model then has the best weights, or without validation the last.
+
+        Args:
+            dataset: a `.txt`, `.jsonl` or `.npy` file, a list of strings, or token ids: see
+                `model.finetune.data.read_documents`.
+            out: a folder that is new, for the model in Hugging Face layout, `log.jsonl`, a plot of the losses,
+                and the checkpoints while the run goes on. None: nothing is written.
+            resume: go on with the run in `out`. It must have been started alike; on the CPU the result is bit
+                for bit that of a run that was never stopped.
+            validation_data: as `dataset`; None: a share of the documents, `validation`.
+            trackers: "tensorboard", "wandb", or objects: see `model.finetune.trackers`.
+            console: a `rich.console.Console` for the table and the progress; default standard error.
+            options: `epochs`, `batch_size`, `learning_rate` and the others of `model.finetune.settings.Settings`.
+
+        Returns:
+            A `model.finetune.train.Result`. Ctrl-C and SIGTERM end the run behind the step that runs, with a
+            checkpoint.
+
+        Raises:
+            ModelError: of one of its kinds, before training starts where it can be known.
+
+        A model on NumPy trains in plain torch on the CPU, one on CUDA by the kernels. `torchrun` starts several
+        processes, which share each batch. A seed gives the same run bit for bit on the CPU.
+        """
+        if importlib.util.find_spec("torch") is None:
+            raise ModelError("fine-tuning needs torch: pip install 'gpukernels[train]'")
+        from model.finetune.run import finetune
+
+        return finetune(
+            self,
+            dataset,
+            out=out,
+            resume=resume,
+            validation_data=validation_data,
+            trackers=trackers,
+            console=console,
+            **options,
+        )
+
     def save(self, target: str | Path) -> None:
         """Writes the model in Hugging Face layout, for transformers, vLLM, or `model.load`.
 
@@ -309,6 +361,13 @@ class LanguageModel:
     def _ledger(self, batch: int, context: int) -> Ledger:
         place, head = place_of(self.parameters.device), "head.weight" in self.parameters
         return predict(self.config, self.parameters.dtype, place, head=head, batch=batch, context=context)
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Adds a LoRA adapter in PEFT's layout to the weights, in place; to be without it, load the model again.
+
+        Raises CheckpointError for one that is damaged, does not fit, or asks for what is not computed here.
+        """
+        merge(self.parameters, read_adapter(Path(folder), self.config))
 
     def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
         rows, limits = request.rows, request.limits

@@ -7,6 +7,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -213,6 +214,16 @@ def largest(ledger: Ledger, config: GPT2Config, nbytes: int, *, head: bool | Non
 
     batch = most(lambda batch: fits(batch, ledger.context), _MOST_ROWS)
     return batch, most(lambda context: fits(ledger.batch, context), config.n_positions)
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had so far, in bytes; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def human(nbytes: int) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: right; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .92em; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .5rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 2px solid #888; }
 figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }

@@ -1,9 +1,10 @@
 """Writing a model in Hugging Face layout, so that a reader never meets half a file."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from safetensors import safe_open
 
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME
 from model.config import GPT2Config
-from model.device import WIDTHS
+from model.device import WIDTHS, Device
 from model.errors import CheckpointError
 from model.files import read_json
-from model.parameters import Parameters
+from model.parameters import Parameters, Slot
 from model.tokenizer import Tokenizer
 
 _FORMATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -69,14 +70,14 @@ def save(
 
     try:
         place.mkdir(parents=True, exist_ok=True)
-        _replace(beside, lambda path: path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
+        replace_file(beside, lambda path: path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
         for name in _BESIDE:
             source = folder / name if folder is not None else None
             if source is not None and source.is_file() and place.resolve() != folder.resolve():
-                _replace(place / name, lambda path, source=source: shutil.copyfile(source, path))
+                replace_file(place / name, lambda path, source=source: shutil.copyfile(source, path))
         if tokenizer is not None and not (place / "tokenizer.json").exists():
-            _replace(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
-        _replace(weights, lambda path: _write_weights(path, parameters))
+            replace_file(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
+        replace_file(weights, lambda path: _write_weights(path, parameters))
         if not single:
             # transformers prefers the single file, but other readers may take an older index first.
             (place / INDEX_NAME).unlink(missing_ok=True)
@@ -94,33 +95,36 @@ def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, A
 
 
 def _write_weights(path: Path, parameters: Parameters) -> None:
-    """The safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once."""
+    def stored(slot: Slot) -> tuple[str, Any]:
+        array = parameters[slot.name]
+        name = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
+        return name, array.T if slot.transposed else array
+
+    write_tensors(path, dict(map(stored, parameters.slots.values())), parameters.dtype, parameters.device)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], dtype: str, device: Device) -> None:
+    """A safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for slot in parameters.slots.values():
-        source = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
-        start, end = end, end + slot.size * WIDTHS[parameters.dtype]
-        header[source] = {
-            "dtype": _FORMATS[parameters.dtype],
-            "shape": list(slot.stored_shape),
-            "data_offsets": [start, end],
-        }
+    for name, array in tensors.items():
+        start, end = end, end + math.prod(array.shape) * WIDTHS[dtype]
+        header[name] = {"dtype": _FORMATS[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name, slot in parameters.slots.items():
-            array = parameters[name].T if slot.transposed else parameters[name]
+        for array in tensors.values():
             rows = max(1, _CHUNK // max(1, array.nbytes // array.shape[0]))
             for first in range(0, array.shape[0], rows):
-                file.write(parameters.device.to_bytes(array[first : first + rows]))
+                file.write(device.to_bytes(array[first : first + rows]))
     # The format's own library has the last word before the file takes its name.
     with safe_open(str(path), "numpy") as written:
         if set(written.keys()) != header.keys() - {"__metadata__"}:
             raise OSError(0, "the file that was written cannot be read back", str(path))
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file under a temporary name beside `path`, then renames it over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -7,6 +7,6 @@ import os
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
-from commands import refused, run  # noqa: E402, F401
+from command import refused, run  # noqa: E402, F401
 from hub_model import hub, impatient  # noqa: E402, F401
 from refusals import computing_nothing  # noqa: E402, F401

@@ -2,13 +2,12 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from command import start
 from damage import DAMAGE, edit_config, make
 
 import model
@@ -17,15 +16,6 @@ from model.load import BUNDLED
 
 PROMPT = "And Moses said unto"
 GOLDEN = [259, 341, 12, 303, 491, 259, 341, 482, 386, 26]
-COMMAND = Path(sys.executable).with_name("gpukernels")
-
-
-def start(*arguments: str | bytes, **options) -> subprocess.Popen:
-    """Starts the installed command."""
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "RUST_BACKTRACE": "0"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **options)
-
 
 # --- generate
 

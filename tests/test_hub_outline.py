@@ -65,7 +65,7 @@ def test_what_is_no_safetensors_file_is_said(hub, tmp_path, body):
     assert f"{WEIGHTS_NAME}: its header is not one of safetensors" in refusal(outline=tmp_path)
 
 
-@pytest.mark.parametrize("command", ["info"])
+@pytest.mark.parametrize("command", ["info", "check"])
 def test_commands_look_without_downloading(hub, tmp_path, command):
     hub.commit(NAME, large() | {"tokenizer.json": b""})
     done = CliRunner().invoke(app, [command, NAME, "--cache-dir", str(tmp_path)])

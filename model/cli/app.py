@@ -10,12 +10,12 @@ import warnings
 
 import typer
 
-from model.cli import check, demo, env, generate, info, memory
+from model.cli import check, demo, env, finetune, generate, info, memory
 from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
     name="gpukernels",
-    help="GPT-2 models from Hugging Face checkpoints: generate text, inspect, check.",
+    help="GPT-2 models from Hugging Face checkpoints: generate text, fine-tune, inspect, check.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +26,7 @@ app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("check")(check.check)
 app.command("memory")(memory.memory)
+app.command("finetune")(finetune.finetune)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 

@@ -12,9 +12,10 @@ from gpukernels.cast import Losses
 from model import check as preflight
 from model.audit import DTYPES, Audit, audit
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
+from model.cli.outline import outlined
 from model.device import choose_device
 from model.errors import ModelError
-from model.load import Plan, locate, plan
+from model.load import Plan, plan
 from model.memory import human, likely_place, predict
 
 
@@ -41,8 +42,9 @@ def check(
     dtype = DTYPES[0] if dtype is None else dtype
     if dtype not in DTYPES:
         raise ModelError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
-    path = locate(model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, refresh=refresh)
-    report = preflight.check(path)
+    cache = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "refresh": refresh}
+    with outlined(model, weights=with_audit, **cache) as (path, named):
+        report = preflight.check(path)
     planned = report.plan
     memory = (
         []
@@ -53,21 +55,21 @@ def check(
     if as_json:
         document = {
             "model": model,
-            "source": str(path),
+            "source": named(str(path)),
             "ok": not report.problems,
-            "problems": report.problems,
-            "notices": report.notices,
+            "problems": list(map(named, report.problems)),
+            "notices": list(map(named, report.notices)),
             "memory": {each.dtype: each.peak for each in memory},
         }
         print(json.dumps(document | ({"audit": _document(found)} if found else {})))
     else:
         for problem in report.problems:
-            print(f"problem: {problem}")
+            print(f"problem: {named(problem)}")
         for notice in report.notices:
-            print(f"note: {notice}")
+            print(f"note: {named(notice)}")
         if not report.problems:
             sizes = ", ".join(f"{human(each.peak)} as {each.dtype}" for each in memory)
-            print(f"ok: {path}: {len(planned.entries)} tensors fit the config; one sequence takes {sizes}")
+            print(f"ok: {named(str(path))}: {len(planned.entries)} tensors fit the config; one sequence takes {sizes}")
         if found:
             _show(found)
     if report.problems or (fail_on_overflow and found and found.total.overflowed):

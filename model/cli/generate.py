@@ -29,6 +29,9 @@ def generate(
         str | None, typer.Argument(help="The text to continue; - or nothing reads standard input.", show_default=False)
     ] = None,
     model: ModelOption = BUNDLED,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A folder with a LoRA adapter of the model, as PEFT has it.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-t", help="How many tokens may follow.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; 1 samples the model's own distribution.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.", show_default=False)] = None,
@@ -81,6 +84,8 @@ def generate(
         rate = f"{lm.filled.gigabytes_per_second:.2f} GB/s"
         console.print(f"[loaded {human(lm.filled.nbytes)}, {rate}]", style="dim")
 
+    if adapter is not None:
+        lm.load_adapter(adapter)
     stops = list(stop or ())
     if few_shot_file is not None:
         text, stops = _few_shot(lm, text, few_shot_file, stops, max_new_tokens)

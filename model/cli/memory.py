@@ -3,7 +3,6 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +17,7 @@ from model.config import PRESETS, GPT2Config
 from model.device import DTYPES, choose_device, choose_dtype
 from model.errors import ContextError, DeviceError, ModelError
 from model.footprint import Footprint, footprint
-from model.load import locate, plan
+from model.load import plan
 from model.memory import CONTEXT_ALLOWANCE, Ledger, human, largest, parameter_count, place_of, predict
 from model.room import available
 
@@ -135,7 +134,7 @@ def _subject(name: str, options: dict, *, weights: bool) -> _Subject:
     """The model of this name; its `weights` are fetched from the Hub only where they are measured."""
     if name in PRESETS and not Path(name).exists():
         return _Subject(name, PRESETS[name], None, PRESETS[name])
-    with nullcontext((locate(name, **options), str)) if weights else outlined(name, **options) as (path, _):
+    with outlined(name, weights=weights, **options) as (path, _):
         planned = plan(path, headers_only=True)
     return _Subject(name, planned.config, planned.own_head, planned.source)
 

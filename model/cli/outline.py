@@ -11,11 +11,11 @@ from model.load import locate
 
 
 @contextlib.contextmanager
-def outlined(model: str, **options: Any) -> Iterator[tuple[Path, Callable[[str], str]]]:
+def outlined(model: str, *, weights: bool = False, **options: Any) -> Iterator[tuple[Path, Callable[[str], str]]]:
     """Where MODEL's JSON and headers are, and how a text names it.
 
-    A model of the Hub that is not in its cache is not downloaded: its headers stand in a folder that goes when this
-    ends, and whose path nobody needs to see.
+    A model of the Hub that is not in its cache is not downloaded, unless its `weights` are wanted: its headers stand
+    in a folder that goes when this ends, and whose path nobody needs to see.
     """
     with tempfile.TemporaryDirectory(prefix="outline-") as folder:
 
@@ -23,6 +23,6 @@ def outlined(model: str, **options: Any) -> Iterator[tuple[Path, Callable[[str],
             return text.replace(folder, model)
 
         try:
-            yield locate(model, outline=Path(folder), **options), named
+            yield locate(model, outline=None if weights else Path(folder), **options), named
         except ModelError as fault:
             raise type(fault)([named(problem) for problem in fault.problems]) from None

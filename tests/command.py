@@ -1,11 +1,16 @@
-"""The `gpukernels` command in the test's own process."""
+"""The `gpukernels` command, in this process and in one of its own."""
 
 import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from model.cli.app import main
+
+COMMAND = Path(sys.executable).with_name("gpukernels")
 
 
 @pytest.fixture
@@ -41,3 +46,10 @@ def refused(run):
         return found
 
     return go
+
+
+def start(*arguments: str | bytes, **options) -> subprocess.Popen:
+    """Starts the installed command."""
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "RUST_BACKTRACE": "0"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **options)

@@ -1,0 +1,1 @@
+"""Complete short programs: `python -m bench.examples.NAME`, run by the tests."""

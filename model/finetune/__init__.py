@@ -1,0 +1,1 @@
+"""Fine-tuning: `LanguageModel.finetune` and `gpukernels finetune`."""

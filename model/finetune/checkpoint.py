@@ -1,0 +1,166 @@
+"""What a run needs to go on where it was stopped: safetensors and JSON in a folder that is there whole or not at all.
+
+    OUT/                         the model so far in Hugging Face layout: the best, or without validation the last
+    OUT/log.jsonl                a line for each step and evaluation
+    OUT/checkpoint-120/          after step 120
+        training.safetensors     exact weights, both moments, and the best weights, float32, by parameter
+        training.json            counters, loss scale, position in the data, settings, and what it was started with
+
+Every order of windows follows from the seed and the epoch, and nothing else is drawn while a run goes on: the
+position in the data is all there is to know of random streams.
+"""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from model import adapter
+from model.checkpoint import WEIGHTS_NAME
+from model.device import TorchDevice
+from model.errors import CheckpointError, TrainingError
+from model.files import read_json
+from model.parameters import Slot
+from model.save import write_tensors
+
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+_TENSORS, _DOCUMENT = "training.safetensors", "training.json"
+VERSION = 1
+
+
+class Weights(Mapping):
+    """Tensors by the model's names, as `model.save` reads a model's parameters."""
+
+    def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]):
+        self.slots, self._tensors = slots, tensors
+        first = next(iter(tensors.values()))
+        self.device, self.dtype = TorchDevice(first.device), str(first.dtype).removeprefix("torch.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def check_out(out: Path, *, resume: bool) -> None:
+    """Raises TrainingError where `out` cannot take a new run, or has none to go on with."""
+    if not out.exists():
+        if resume:
+            raise TrainingError(f"{out}: there is no run to resume: the folder does not exist")
+        return
+    if not out.is_dir():
+        raise TrainingError(f"{out}: is not a folder")
+    if not resume and any(out.iterdir()):
+        raise TrainingError(f"{out}: exists; give another folder, or resume the run that it holds")
+    made = any((out / name).exists() for name in (WEIGHTS_NAME, adapter.WEIGHTS_NAME))
+    if resume and newest(out) is None and made:
+        raise TrainingError(f"{out}: holds a model and no checkpoint: there is no run to resume, or it has finished")
+
+
+def newest(out: Path) -> Path | None:
+    """The checkpoint of the latest step."""
+    found = [(int(match[1]), path) for path in out.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+    return max(found)[1] if found else None
+
+
+def write(out: Path, step: int, tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> None:
+    """Writes the checkpoint of a step, then drops the older ones.
+
+    The folder is filled under another name, synced and renamed: a kill or a full disk at any moment leaves the
+    checkpoint before it whole. Raises CheckpointError where it cannot be written.
+    """
+    folder = out / f"checkpoint-{step}"
+    if folder.exists():  # resumed, and stopped again before the next step
+        return
+    temporary = out / f".{folder.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        device = TorchDevice(next(iter(tensors.values())).device)
+        write_tensors(temporary / _TENSORS, tensors, "float32", device)
+        text = json.dumps(document, indent=1, allow_nan=False)
+        (temporary / _DOCUMENT).write_text(text + "\n", encoding="utf-8")
+        for path in (temporary / _TENSORS, temporary / _DOCUMENT, temporary):
+            _sync(path)
+        os.rename(temporary, folder)
+        _sync(out)
+    except OSError as fault:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot be written: {fault.strerror or fault}") from None
+    drop(out, but=folder)
+
+
+def drop(out: Path, but: Path | None = None) -> None:
+    """Removes the checkpoints but one, and what a kill left half-written."""
+    for path in out.iterdir():
+        name = path.name.removeprefix(".").removesuffix(".tmp")
+        if path != but and _FOLDER.fullmatch(name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_document(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of a checkpoint; TrainingError where it was started with something else than `wanted`."""
+    document = read_json(folder / _DOCUMENT, CheckpointError)
+    if document.get("version") != VERSION:
+        raise CheckpointError(f"{folder / _DOCUMENT}: has the version {document.get('version')!r}, not {VERSION}")
+    started = document.get("started")
+    problems = list(_differences(started if isinstance(started, dict) else {}, wanted))
+    if problems:
+        raise TrainingError([f"{folder.parent}: {problem}" for problem in problems])
+    return document
+
+
+def _differences(started: Mapping[str, Any], wanted: Mapping[str, Any], group: str = "") -> Iterator[str]:
+    for name in sorted(started.keys() | wanted.keys()):
+        then, now = started.get(name), wanted.get(name)
+        if isinstance(then, dict) and isinstance(now, dict):
+            yield from _differences(then, now, f"{name}: ")
+        elif then != now:
+            yield f"the run was started with {group}{name} {then!r}, not {now!r}"
+
+
+def read_tensors(folder: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint on the CPU: those of `wanted`, and whatever "best/..." there is."""
+    path = folder / _TENSORS
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = [name for name in file.keys() if name in wanted or name.startswith("best/")]  # noqa: SIM118
+            found = {name: file.get_tensor(name) for name in names}
+    except Exception as fault:  # the library raises its own of many kinds
+        raise CheckpointError(f"{path}: cannot be read: {fault}") from None
+    for name, tensor in wanted.items():
+        if name not in found or found[name].shape != tensor.shape:
+            shape = tuple(found[name].shape) if name in found else "missing"
+            raise CheckpointError(f"{path}: {name} must be {tuple(tensor.shape)}, and is {shape}")
+    return found
+
+
+def fingerprint(arrays: Iterable[Any]) -> str:
+    """A checksum of arrays' bytes, NumPy's or torch's."""
+    total = 0
+    for array in arrays:
+        if isinstance(array, torch.Tensor):
+            array = TorchDevice(array.device).to_bytes(array)
+        total = zlib.crc32(np.ascontiguousarray(array), total)
+    return f"{total:08x}"
+
+
+def _sync(path: Path) -> None:
+    """Until the disk has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,90 @@
+"""One process or several: who this is, and the few things that ranks must agree on.
+
+`torchrun` says in the environment how many processes there are. Gradients are added up, not averaged: every
+rank divides its losses by the number of targets of the whole batch, which it can count by itself.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+#: How long a rank waits for another that says nothing.
+PATIENCE = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        if self.size == 1:
+            return value
+        found = [None] * self.size
+        dist.all_gather_object(found, value)
+        return max(found)
+
+    def replicate(self, network: nn.Module) -> nn.Module:
+        """The network as DistributedDataParallel: its gradients are the sums over all ranks."""
+        if self.size == 1:
+            return network
+        wrapped = DistributedDataParallel(network)
+        wrapped.register_comm_hook(None, _add_gradients)
+        return wrapped
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched() -> bool:
+    """Whether `torchrun`, or what stands in for it, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The processes that train together, joined while the context lasts.
+
+    A group that is there already is used and left alone. After an error the group is not closed politely, which
+    would wait for the others: the process ends, and its launcher ends them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size())
+        return
+    if not launched():
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    yield World(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()
+
+
+def _add_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DistributedDataParallel's own hook would divide by the number of ranks."""
+    done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return done.then(lambda future: future.value()[0])

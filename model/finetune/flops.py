@@ -1,0 +1,38 @@
+"""How much a training step computes, and how much a GPU could."""
+
+from model.config import GPT2Config
+from model.memory import parameter_count
+
+# What torch calls a GPU -> its data sheet in `compile_report.GPUS`. The PCIe and NVL forms of an H100 have
+# other peaks, so a name must be whole.
+_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "A100",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100-PCIE-40GB": "A100",
+    "NVIDIA A100 80GB PCIe": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+}
+
+
+def flops_per_token(config: GPT2Config, context: int) -> float:
+    """Operations of forward and backward for one token in a window of `context`: 6 N + 6 L C T.
+
+    A multiply-add is two. N is every parameter, the token table as the output matrix; attention's two products
+    see half a window on average, and three passes make 6. As in llm.c; recomputation does not count.
+    """
+    return 6.0 * parameter_count(config) + 6.0 * config.n_layer * config.n_embd * context
+
+
+def peak_flops(name: str, dtype: str) -> float | None:
+    """Dense operations a second of a GPU by the name that torch gives it; None where it is not known.
+
+    float16 and bfloat16 by tensor cores; float32 without, as the kernels compute it.
+    """
+    from gpukernels.compile_report import GPUS
+
+    if name not in _NAMES:
+        return None
+    gpu = GPUS[_NAMES[name]]
+    return gpu.flops if dtype == "float32" else gpu.tensor_flops

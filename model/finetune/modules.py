@@ -1,0 +1,114 @@
+"""The model as torch modules, which checkpointing, DistributedDataParallel and FSDP2 ask for.
+
+Nothing is computed here: a module holds its slice of the parameters and calls `model.gpt2` with it.
+Parameter names are those of `model.parameters`: "blocks.0.qkv.weight".
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from model import gpt2
+from model.config import GPT2Config
+from model.parameters import Parameters
+
+
+class Layer(nn.Module):
+    """A weight, and perhaps a bias. `adapter`, where there is one, makes the weight that is used from it."""
+
+    def __init__(self, arrays: Mapping[str, torch.Tensor]):
+        super().__init__()
+        self.adapter: nn.Module | None = None
+        for name, tensor in arrays.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        found = dict(self._parameters)
+        if self.adapter is not None:
+            found["weight"] = self.adapter(self.weight)
+        return found
+
+
+class Layers(nn.Module):
+    """Layers by name; `arrays` has their parameters as the forward pass reads them."""
+
+    def __init__(self, arrays: Mapping[str, torch.Tensor]):
+        super().__init__()
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in arrays.items():
+            layer, _, short = name.partition(".")
+            groups.setdefault(layer, {})[short] = tensor
+        for layer, group in groups.items():
+            self.add_module(layer, Layer(group))
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        layers = ((name, layer) for name, layer in self.named_children() if isinstance(layer, Layer))
+        return {f"{name}.{short}": array for name, layer in layers for short, array in layer.arrays().items()}
+
+
+class Block(Layers):
+    """One block of the model."""
+
+    def __init__(self, arrays: Mapping[str, torch.Tensor], config: GPT2Config, number: int):
+        super().__init__(arrays)
+        self.config, self.number = config, number
+
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
+        return gpt2.block(self.arrays(), self.config, self.number, x, documents=documents)
+
+
+class Network(Layers):
+    """The whole model. Called, it returns the sum of the losses of a batch of windows, float32.
+
+    Args:
+        parameters: of a loaded model. Those already in `dtype` are not copied.
+        recompute: keep each block's input only and compute the block again for its gradient (activation
+            checkpointing): less memory, a third more work.
+    """
+
+    def __init__(
+        self, parameters: Parameters, config: GPT2Config, *, dtype: torch.dtype | None = None, recompute: bool = False
+    ):
+        def tensor(array):
+            array = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+            return array.detach().to(dtype or array.dtype)
+
+        super().__init__({name: tensor(array) for name, array in parameters.root.items()})
+        self.config, self.recompute = config, recompute
+        self.blocks = nn.ModuleList(
+            Block({name: tensor(array) for name, array in group.items()}, config, number)
+            for number, group in enumerate(parameters.blocks)
+        )
+
+    @property
+    def root(self) -> dict[str, torch.Tensor]:
+        return self.arrays()
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return self.tokens.weight.dtype
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        positions: torch.Tensor,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Every argument is (B, T), as `finetune.packing.Windows` has them."""
+        x = gpt2.embed(self, tokens, positions)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, documents, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, documents)
+        return gpt2.loss(self, self.config, x, targets)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parameters by the model's names, adapters merged into them."""
+        found = self.arrays()
+        for number, block in enumerate(self.blocks):
+            found |= {f"blocks.{number}.{name}": array for name, array in block.arrays().items()}
+        return {name: array.detach() for name, array in found.items()}

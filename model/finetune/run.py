@@ -1,0 +1,170 @@
+"""From a loaded model and a source of data to a trained one: everything is checked, then made, then run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from model.adapter import products, write_adapter
+from model.errors import DataError
+from model.finetune import checkpoint
+from model.finetune.adapters import adapters, attach
+from model.finetune.batches import Batches
+from model.finetune.data import Document, read_documents, split_documents
+from model.finetune.distributed import World, joined
+from model.finetune.flops import flops_per_token, peak_flops
+from model.finetune.log import Log
+from model.finetune.modules import Network
+from model.finetune.packing import Windows, pack
+from model.finetune.settings import Settings
+from model.finetune.trackers import Tracker, check_trackers
+from model.finetune.train import Result, Trainer
+from model.finetune.trainable import select, table
+from model.save import save
+
+if TYPE_CHECKING:
+    from model.language_model import LanguageModel
+
+
+def finetune(
+    lm: "LanguageModel",
+    dataset: Any,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    validation_data: Any = None,
+    trackers: Sequence[str | Tracker] = (),
+    console: Console | None = None,
+    **options: Any,
+) -> Result:
+    """See `LanguageModel.finetune`."""
+    settings = Settings.of(options)
+    context = settings.window(lm.config)
+    check_trackers(trackers)
+    parameters = lm.parameters
+    array = next(iter(parameters.values()))
+    device = array.device if isinstance(array, torch.Tensor) else torch.device("cpu")
+    with joined(device) as world:
+        out = None if out is None else Path(out)
+        if out is not None and world.leads:
+            checkpoint.check_out(out, resume=resume)
+        world.wait()
+        console = console or Console(stderr=True, highlight=False)
+        if not world.leads:
+            console = Console(quiet=True)
+
+        lora = settings.lora
+        if lora is None:
+            chosen = select(list(parameters), settings.freeze, settings.unfreeze, settings.layers)
+        else:
+            layers = lora.layers(products(lm.config))
+        train, validation = (pack(part, context) for part in _documents(lm, dataset, validation_data, settings))
+        dtype = parameters.dtype if device.type == "cuda" else "float32"
+        dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
+        network = Network(parameters, lm.config, dtype=dtype, recompute=settings.recompute)
+        if lora is None:
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(name in chosen)
+        else:
+            attach(network, layers, lora, settings.seed)
+            chosen = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        console.print(table(sizes, chosen, tied="head.weight" not in parameters))
+
+        def write() -> None:
+            if settings.keep_adapter:
+                base = None if lm._folder is None else str(lm._folder)
+                options = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "base": base}
+                write_adapter(out, lm.config, adapters(network), **options)
+            else:
+                _save(lm, out, network.weights())
+
+        trainer = Trainer(
+            network,
+            Batches(train, settings.batch_size, settings.accumulate, settings.seed, world),
+            Batches(validation, settings.batch_size, 1, settings.seed, world),
+            settings,
+            world=world,
+            started=_started(lm, train, validation, settings, world),
+            out=out,
+            write=None if out is None else write,
+        )
+        found = checkpoint.newest(out) if resume and out is not None else None
+        if found is not None:
+            trainer.resume(found)
+        peak = peak_flops(torch.cuda.get_device_name(device), str(dtype)[6:]) if device.type == "cuda" else None
+        with Log(
+            out if world.leads else None,
+            total=trainer.steps,
+            done=trainer.progress.step,
+            flops_per_token=flops_per_token(lm.config, context),
+            peak=None if peak is None else peak * world.size,
+            trackers=trackers if world.leads else (),
+            console=console,
+        ) as log:
+            result = trainer.run(log)
+        _put_back(lm, network.weights())
+    return result
+
+
+def _documents(
+    lm: "LanguageModel", dataset: Any, validation_data: Any, settings: Settings
+) -> tuple[list[Document], list[Document]]:
+    """Training and validation documents, each with a target at least; none to validate with where none are wanted."""
+
+    def read(source: Any) -> list[Document]:
+        return read_documents(
+            source,
+            lm.tokenizer,
+            mask_prompt=settings.mask_prompt,
+            separator=settings.separator,
+            eos=next(iter(lm.eos_token_ids), None),
+            vocabulary=lm.config.vocab_size,
+        )
+
+    if validation_data is None:
+        train, validation = split_documents(read(dataset), settings.validation, settings.seed)
+        wanted = settings.validation > 0
+    else:
+        train, validation = read(dataset), read(validation_data)
+        wanted = True
+    for name, documents in (("training", train), ("validation", validation)):
+        if (name == "training" or wanted) and not any(each.wanted[1:].any() for each in documents):
+            raise DataError(f"{name}: no document has a token that follows another: there is nothing to predict")
+    return train, validation
+
+
+def _started(
+    lm: "LanguageModel", train: Windows, validation: Windows, settings: Settings, world: World
+) -> dict[str, Any]:
+    """What tells one run from another."""
+    return {
+        "settings": settings.decisive(),
+        "model": lm.config.to_json() | {"weights": checkpoint.fingerprint(lm.parameters.values())},
+        "data": {"windows": len(train.tokens), "contents": checkpoint.fingerprint([*train, *validation])},
+        "processes": world.size,
+    }
+
+
+def _save(lm: "LanguageModel", out: Path, weights: dict[str, torch.Tensor]) -> None:
+    save(
+        out,
+        lm.config,
+        checkpoint.Weights(lm.parameters.slots, weights),
+        values=lm._values,
+        tokenizer=lm.tokenizer,
+        folder=lm._folder,
+    )
+
+
+def _put_back(lm: "LanguageModel", weights: dict[str, torch.Tensor]) -> None:
+    """The trained values into the model's own memory, in its own dtype."""
+    for name, tensor in weights.items():
+        array = lm.parameters[name]
+        if isinstance(array, np.ndarray):
+            np.copyto(array, tensor.float().numpy(), casting="same_kind")
+        else:
+            lm.parameters.device.assign(array, tensor)

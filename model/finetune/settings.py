@@ -1,0 +1,183 @@
+"""What a run of fine-tuning is told, checked before anything is read."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from model.config import GPT2Config
+from model.device import DTYPES
+from model.errors import TrainingError
+from model.finetune.lora import Lora
+from model.finetune.schedule import KINDS, Schedule
+from model.sampling import whole
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `LanguageModel.finetune`, all of which decide the result, but for `max_time`.
+
+    Nothing is dropped out: GPT-2's 0.1 is for training from scratch over many epochs; early stopping and decay are
+    what keeps a fine-tuned model from learning by heart here.
+
+    Data:
+        validation: the share of the documents that validates, 0 to below 1; where validation data is given, 0.
+        context: tokens of a window; None: the model's positions, 1024 at most.
+        mask_prompt, separator: see `data.read_documents`.
+        seed: of the split, the order of the windows and of adapters' first values.
+
+    Length:
+        epochs: how often every window is seen.
+        max_steps: optimizer steps at most; the schedule ends there.
+        max_time: seconds after which the run saves and ends; it can be resumed.
+        batch_size: windows of one forward pass, on each process.
+        accumulate: forward passes of one optimizer step. The gradient is that of all their targets at once.
+
+    Optimizer:
+        learning_rate: the largest. schedule: see `Schedule`. floor: the smallest after the warm-up.
+        warmup: optimizer steps, or below 1 their share of all.
+        weight_decay: of matrices, tables of tokens and positions among them; biases and norms do not decay.
+        betas, eps: of AdamW.
+        clip: the largest global norm of a gradient; None: any.
+
+    What trains:
+        freeze, unfreeze: patterns of parameter names ("blocks.0.*"). layers: a range of blocks ("2-5"). See
+            `trainable.select`.
+
+    Evaluation:
+        evaluate_every: optimizer steps between evaluations; None: an epoch. The best weights are kept.
+        patience: evaluations without a better loss after which the run ends; None: never.
+        save_every: optimizer steps between checkpoints besides those of every evaluation; None: no more.
+
+    Memory:
+        recompute: compute each block again for its gradient in place of keeping what it needs.
+        dtype: of weights and activations: float32, float16 (with a loss scale), bfloat16; "auto": float32 on the
+            CPU and the model's own on CUDA. Below float32 the exact weights are kept in float32 beside them.
+    """
+
+    epochs: int = 3
+    batch_size: int = 8
+    context: int | None = None
+    accumulate: int = 1
+    max_steps: int | None = None
+    max_time: float | None = None
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    floor: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    validation: float = 0.05
+    evaluate_every: int | None = None
+    patience: int | None = None
+    save_every: int | None = None
+    seed: int = 0
+    mask_prompt: bool = False
+    separator: str | None = None
+    freeze: tuple[str, ...] = ()
+    unfreeze: tuple[str, ...] = ()
+    layers: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    lora_targets: tuple[str, ...] = ("qkv",)
+    lora_rank_stabilized: bool = False
+    keep_adapter: bool = False
+    recompute: bool = False
+    dtype: str = "auto"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Settings":
+        """From keyword arguments; TrainingError for a name that is none."""
+        unknown = sorted(options.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise TrainingError(f"finetune has no option {unknown[0]!r}")
+        return cls(**options)
+
+    def __post_init__(self):
+        for name in ("betas", "freeze", "unfreeze", "lora_targets"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TrainingError(f"{name} must be a list, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        problems = [f"{name} must be {fault}, got {getattr(self, name)!r}" for name, fault in self._faults()]
+        if problems:
+            raise TrainingError(problems)
+        chosen = self.lora and (self.freeze or self.unfreeze or self.layers is not None)
+        if chosen:
+            raise TrainingError(
+                "with adapters nothing else trains: choose layers by lora_targets, not by freeze or layers"
+            )
+        if self.keep_adapter and self.lora is None:
+            raise TrainingError("there is no adapter to keep: give lora_rank")
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that train, or None where the weights do."""
+        if self.lora_rank is None:
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_rank_stabilized)
+
+    def _faults(self):
+        """(option, what it must be) for each that makes no sense."""
+        for name in ("epochs", "batch_size", "accumulate"):
+            if not _count(getattr(self, name)):
+                yield name, "a whole number, 1 or more"
+        for name in ("context", "max_steps", "evaluate_every", "patience", "save_every"):
+            if getattr(self, name) is not None and not _count(getattr(self, name)):
+                yield name, "a whole number, 1 or more, or None"
+        for name in ("max_time", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (_number(value) and value > 0):
+                yield name, "a number above 0, or None"
+        if not (_number(self.learning_rate) and 0 < self.learning_rate <= 1):
+            yield "learning_rate", "a number above 0 and at most 1"
+        elif not (_number(self.floor) and 0 <= self.floor <= self.learning_rate):
+            yield "floor", f"a number from 0 to the learning rate {self.learning_rate}"
+        for name in ("weight_decay", "eps", "warmup"):
+            if not (_number(getattr(self, name)) and getattr(self, name) >= 0):
+                yield name, "a number, 0 or more"
+        if _number(self.warmup) and self.warmup >= 1 and self.warmup != int(self.warmup):
+            yield "warmup", "a whole number of steps, or below 1 a share of all"
+        if len(self.betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in self.betas):
+            yield "betas", "two numbers from 0 to below 1"
+        if self.schedule not in KINDS:
+            yield "schedule", f"one of {', '.join(KINDS)}"
+        if not (_number(self.validation) and 0 <= self.validation < 1):
+            yield "validation", "a share from 0 to below 1"
+        if not (whole(self.seed) and 0 <= self.seed < 2**63):
+            yield "seed", "a whole number, 0 or more"
+        if not (self.layers is None or isinstance(self.layers, str)):
+            yield "layers", 'a range like "2-5", or None'
+        if self.dtype not in ("auto", *DTYPES):
+            yield "dtype", f"{', '.join(DTYPES)} or auto"
+
+    def window(self, config: GPT2Config) -> int:
+        """The tokens of a window, for this model."""
+        if self.context is None:
+            return min(config.n_positions, 1024)
+        if self.context > config.n_positions:
+            raise TrainingError(f"context is {self.context}, but the model has {config.n_positions} positions")
+        return self.context
+
+    def rates(self, steps: int) -> Schedule:
+        """The learning rate of each of so many steps."""
+        warmup = self.warmup if self.warmup >= 1 else round(self.warmup * steps)
+        if warmup > steps:
+            raise TrainingError(f"warmup is {warmup} steps, but the run has only {steps}")
+        return Schedule(self.schedule, self.learning_rate, int(warmup), steps, self.floor)
+
+    def decisive(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it continues, as JSON has it."""
+        values = asdict(self)
+        del values["max_time"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _count(value: Any) -> bool:
+    return whole(value) and value >= 1
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,179 @@
+"""The GPU run, simulated: parts that are short, long, broken or not there; what is left of them on disk."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import compiling, gpu, report
+from bench.parts import JSON, Part, parts, run
+
+HERE = {
+    "processor": "a processor", "cores": 2, "python": "3.12.0", "versions": {"torch": "2.11.0"}, "date": "2026-01-02",
+    "commit": "0123456789ab",
+    "gpu": {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1", "capability": "9.0", "memory_mib": 81559},
+}  # fmt: skip
+
+
+def python(name, code, **more):
+    """A part that starts in a moment: without site-packages."""
+    return Part(name, ("-S", "-c", code), 1, more.pop("most", 60), **more)
+
+
+KERNELS = {
+    "bench": "kernels", "device": "NVIDIA H100 80GB HBM3", "machine": HERE, "rounds": 3,
+    "roofs": {"bandwidth": 3e12, "tensor_flops": 7e14},
+    "targets": [],
+    "rows": [
+        {
+            "op": "gelu", "model": "GPT-2", "shape": "8 x 9", "size": 8, "dtype": "float16", "direction": "forward",
+            "provider": provider, "error": 1e-4, "of_bound": 0.1, "seconds": seconds, "seconds_20_80": [seconds] * 2,
+            "launched_seconds": 1e-4, "rate": 1.5, "unit": "TB/s", "of_roof": 0.5, "peak_bytes": 9, "graph": True,
+            "bytes": 100, "flops": 0, "quick": True, **more,
+        }
+        for provider, seconds, more in (("ours", 1e-5, {}), ("torch", 2e-5, {"speedup_of_ours": 2.0}))
+    ],
+}  # fmt: skip
+
+# Writes its figures, starts a process of its own, says which, and stays.
+STAYS = f"""
+import json, subprocess, sys, time
+json.dump({KERNELS!r}, open(sys.argv[1], "w"))
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_of_two_seconds_leaves_what_it_has(tmp_path, capsys):
+    wanted = [
+        python("first", """print('words'); print('{"bench": "x", "rows": [{"a": 1.5, "b": "c"}]}')"""),
+        python("broken", "import sys; print('what is wrong'); sys.exit(3)"),
+        python("absent", "", needs=("no_such_module", "json")),
+        Part("kernels", ("-S", "-c", STAYS, JSON), 1, 600),
+        python("last", "print('never')"),
+    ]  # fmt: skip
+    start = time.monotonic()
+    path = gpu.measured(wanted, 2.0, tmp_path, HERE)
+    assert time.monotonic() - start < 20
+    assert path.name == "gpu-nvidia-h100-80gb-hbm3-2026-01-02.json"
+    document = json.loads(path.read_text())
+    found = {part["name"]: part for part in document["parts"]}
+    assert [part["state"] for part in document["parts"]] == ["done", "failed", "not there", "cut short", "no time"]
+    assert found["first"]["result"] == {"bench": "x", "rows": [{"a": 1.5, "b": "c"}]}
+    assert found["first"]["tail"] == ["words"]
+    assert found["broken"]["code"] == 3
+    assert found["broken"]["tail"] == ["what is wrong"]
+    assert found["absent"]["why"] == "needs no_such_module"
+    assert found["kernels"]["result"] == KERNELS  # what it had written before its time was up
+    assert document["machine"] == HERE
+    child = int(found["kernels"]["tail"][0].split()[1])
+    assert ended(child)
+    markdown = path.with_suffix(".md").read_text()
+    assert "driver 580.1" in markdown
+    assert "| gelu | GPT-2, 8 x 9 | forward | 0.0100 | 1.50 TB/s | 50% | torch | 2.00 x | 1e-04 |" in markdown
+    assert "| few-row product, over cuBLAS | at least 2 | not yet measured | - |" in markdown
+    assert "| 1.50 | c |" in markdown
+    html = path.with_suffix(".html").read_text()
+    assert "<svg" in html
+    assert "what is wrong" in html
+    assert sorted(each.suffix for each in tmp_path.iterdir()) == [".html", ".json", ".md"]
+
+
+def ended(process: int) -> bool:
+    """Whether it is gone, or only waits to be collected."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_results_are_written_before_the_first_part_and_after_each(tmp_path, monkeypatch):
+    states = []
+    monkeypatch.setattr(gpu, "written", lambda path, document: states.append([p["state"] for p in document["parts"]]))
+    gpu.measured([python("one", ""), python("two", "")], 60, tmp_path, HERE)
+    assert states == [["waiting", "waiting"], ["done", "waiting"], ["done", "done"]]
+
+
+def test_parts_of_the_same_day_stay(tmp_path):
+    gpu.measured([python("one", "print(1)"), python("two", "print(2)")], 60, tmp_path, HERE)
+    path = gpu.measured([python("two", "print(3)"), python("three", "")], 60, tmp_path, HERE | {"commit": "fedcba"})
+    parts = json.loads(path.read_text())["parts"]
+    assert [(part["name"], part["tail"], part["commit"]) for part in parts] == [
+        ("one", ["1"], "0123456789ab"), ("two", ["3"], "fedcba"), ("three", [], "fedcba"),
+    ]  # fmt: skip
+
+
+def test_a_part_has_its_own_longest_time():
+    found = run(python("long", "import time; time.sleep(600)", most=0.3), 60)
+    assert found["state"] == "cut short"
+    assert found["seconds"] < 10
+
+
+def test_a_part_runs_from_a_plain_checkout(tmp_path):
+    found = run(Part("where", ("-c", "import bench; print(bench.__file__)"), 1, 60), 60)
+    assert Path(found["tail"][-1]).parents[1] == Path(__file__).parents[1]
+
+
+def test_the_dry_run_lists_every_part(capsys):
+    gpu.main(dry_run=True)
+    text = capsys.readouterr().out
+    for name in ("compile", "tests", "verify", "kernels", "generate", "memory", "train", "compiled"):
+        assert f"│ {name} " in text
+    assert "expected in all: " in text
+    assert all(part.expected <= part.most for part in parts())
+    first = [part.name for part in parts()]
+    assert first.index("compile") < first.index("tests") < first.index("kernels") < first.index("generate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--only", "everything"], "the part must be one of compile, tests, "),
+        (["--folder", "nowhere"], "there is no folder nowhere"),
+        ([], "there is no NVIDIA GPU here (nvidia-smi finds none); --dry-run lists"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, problem, monkeypatch):
+    import typer
+
+    here = {"machine": HERE} if "--folder" in arguments else {"machine": {"date": "2026-01-02"}}
+    monkeypatch.setattr(gpu, "machine", lambda: here["machine"])
+    app = typer.Typer()
+    app.command()(gpu.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {problem}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_kernels_are_compiled_in_processes_of_their_own(capsys):
+    compiling.main(capability=80, jobs=1, op=["gelu"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["calls"], document["binaries"], document["faults"]) == (1, 2, {})
+    with pytest.raises(SystemExit):
+        compiling.main(capability=70)
+    assert capsys.readouterr().err == "error: capability must be one of 80, 89, 90, 100, got 70\n"
+
+
+def test_what_is_said_of_a_machine(monkeypatch):
+    said = {"nvidia-smi": "NVIDIA H100 80GB HBM3, 580.159.03, 9.0, 81559", "git": "0123456789ab"}
+    monkeypatch.setattr(report, "_said", lambda command, *arguments: said[command])
+    found = report.machine()
+    assert found["gpu"] == {
+        "name": "NVIDIA H100 80GB HBM3", "driver": "580.159.03", "capability": "9.0", "memory_mib": 81559,
+    }  # fmt: skip
+    assert found["commit"] == "0123456789ab+"
+    words = report.in_words(found)
+    assert words.startswith("NVIDIA H100 80GB HBM3, 80 GiB, driver 580.159.03; ")
+    assert "numpy " in words
+    said["nvidia-smi"] = None
+    monkeypatch.setattr(report, "_DRIVER", Path("/nowhere"))
+    assert "gpu" not in report.machine()

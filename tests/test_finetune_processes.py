@@ -1,0 +1,164 @@
+"""Two processes give what one gives with the doubled batch, and one that fails ends the run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from processes import ROOT, launch
+from rich.console import Console
+
+import model
+from model.config import GPT2Config
+from model.finetune.log import read
+
+CONFIG = GPT2Config(vocab_size=83, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+
+# Documents that count up, which is learned in a few steps, of 3 to 40 tokens in windows of 16: passes are ragged,
+# and in the last step of an epoch a rank has nothing.
+STREAM = np.concatenate([np.append(1 + (np.arange(length) + 5 * length) % 82, 0) for length in range(3, 41, 2)])
+
+OPTIONS = {
+    "epochs": 2,
+    "context": 16,
+    "learning_rate": 3e-3,
+    # So large that AdamW does not blow up the rounding of gradients which are 0 but for it, as the keys' bias is.
+    "eps": 1e-3,
+    "clip": 0.5,
+    "validation": 0.2,
+    "evaluate_every": 3,
+}
+
+#: Several runs in the same processes, for starting those takes longer than any run.
+TRAIN = """
+import sys, numpy as np, torch, model
+from model.finetune.distributed import joined
+folder, out, runs = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+with joined(torch.device("cpu")):
+    for name, options in runs:
+        lm = model.load(f"{folder}/model", device="cpu")
+        print(f"run {name}", file=sys.stderr)
+        lm.finetune(np.load(f"{folder}/data.npy"), out=f"{out}/{name}", **options)
+"""
+
+KINDS = {
+    "plain": {"batch_size": 2},
+    "accumulating": {"batch_size": 1, "accumulate": 3},
+    "adapters": {"batch_size": 2, "lora_rank": 4, "lora_targets": ["qkv", "up"], "recompute": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    model.from_config(CONFIG, seed=1, device="cpu").save(path / "model")
+    np.save(path / "data.npy", STREAM)
+    return path
+
+
+def run_one(folder, out, **options):
+    lm = model.load(folder / "model", device="cpu")
+    lm.finetune(np.load(folder / "data.npy"), out=out, console=Console(quiet=True), **OPTIONS, **options)
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """The runs of two processes, and what each rank said."""
+    runs = [(name, OPTIONS | options) for name, options in KINDS.items()]
+    runs.append(("parts", OPTIONS | KINDS["plain"] | {"max_time": 1e-9}))
+    runs.append(("parts", OPTIONS | KINDS["plain"] | {"resume": True}))
+    found = launch(TRAIN, folder, folder / "two", runs)
+    for code, said in found:
+        assert code == 0, said
+    return folder / "two", [said for _, said in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one_with_the_doubled_batch(folder, two, tmp_path, kind):
+    options = KINDS[kind]
+    run_one(folder, tmp_path / "one", **{**options, "batch_size": 2 * options["batch_size"]})
+    ours, wanted = two[0] / kind, tmp_path / "one"
+    records = list(zip(read(ours / "log.jsonl"), read(wanted / "log.jsonl"), strict=True))
+    assert len(records) > 10
+    for our, want in records:
+        for key in ("kind", "step", "tokens", "rate"):
+            assert our.get(key) == want.get(key)
+        for key in ("loss", "validation_loss", "gradient_norm"):
+            # Means of up to 60 losses of 4: float32's rounding of each, and of the weights after 20 updates.
+            assert (key in our) == (key in want)
+            assert our.get(key, 0) == pytest.approx(want.get(key, 0), rel=1e-5)
+    first, second, before = (model.load(path, device="cpu").parameters for path in (ours, wanted, folder / "model"))
+    moved = max(float(np.abs(first[name] - before[name]).max()) for name in first)
+    apart = max(float(np.abs(first[name] - second[name]).max()) for name in first)
+    # An update is at most the rate times (error of a gradient) / eps, and these are 1e-7 of a norm of 1 apart.
+    assert apart < 1e-5
+    assert moved > 100 * apart
+
+
+def test_two_processes_go_on_where_they_stopped(two):
+    whole, parts = (model.load(two[0] / name, device="cpu").parameters for name in ("plain", "parts"))
+    assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+def test_rank_0_alone_writes_and_prints(two):
+    out, (leader, other) = two
+    assert leader.count("validation loss") > 10
+    assert [line for line in other.splitlines() if line] == [f"run {name}" for name in [*KINDS, "parts", "parts"]]
+    assert sorted(each.name for each in (out / "plain").iterdir()) == [
+        "config.json", "log.jsonl", "loss.png", "model.safetensors"]  # fmt: skip
+
+
+def test_a_run_of_two_is_not_resumed_by_one(folder, tmp_path):
+    run_one(folder, tmp_path / "out", batch_size=2, max_time=1e-9)
+    document = next((tmp_path / "out").glob("checkpoint-*/training.json"))
+    values = json.loads(document.read_text())
+    assert values["started"]["processes"] == 1
+    values["started"]["processes"] = 2
+    document.write_text(json.dumps(values))
+    with pytest.raises(model.ModelError, match="the run was started with processes 2, not 1"):
+        run_one(folder, tmp_path / "out", batch_size=2, resume=True)
+
+
+FAIL = """
+import os
+from model.finetune.train import Trainer
+if os.environ["RANK"] == "1":
+    step = Trainer._step
+    def fail(self):
+        if self.progress.step == 2:
+            raise RuntimeError("this rank is out of luck")
+        step(self)
+    Trainer._step = fail
+"""
+
+
+def test_a_rank_that_fails_ends_the_others(folder, tmp_path):
+    runs = [("out", OPTIONS | KINDS["plain"])]
+    (first, _), (second, said) = launch(FAIL + TRAIN, folder, tmp_path, runs)
+    assert first != 0
+    assert second != 0
+    assert "this rank is out of luck" in said
+
+
+def test_what_rank_0_refuses_ends_the_others(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "there").touch()
+    (first, said), (second, _) = launch(TRAIN, folder, tmp_path, [("out", OPTIONS)])
+    assert first != 0
+    assert second != 0
+    assert f"{tmp_path / 'out'}: exists; give another folder" in said
+
+
+def test_torchrun_runs_the_command(folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "model.cli"]
+    options = ["--model", folder / "model", "--data", folder / "data.npy", "--out", tmp_path / "out"]
+    options += ["--context", "16", "--max-steps", "2", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "finetune", *map(str, options)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished after 2 steps") == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
