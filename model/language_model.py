@@ -377,7 +377,9 @@ class LanguageModel:
         slides = limits.overflow == "slide"
         capacity = limits.positions if slides else max(row.positions_needed for row in rows)
         device, needs = self.parameters.device, self._ledger(slots, capacity).needs
-        what, remedy = f"generating {slots} rows of up to {capacity} tokens", "reduce batch_size, or the tokens"
+        what = f"generating {slots} rows of up to {capacity} tokens"
+        # Captured, the cache has room for every position, however few the tokens are.
+        remedy = "reduce batch_size" + ("" if can_capture(self.parameters, self.config) else ", or the tokens")
         with explained(device, needs, what, remedy):
             decoder = self._idle_decoder(slots)
             if decoder is None:
