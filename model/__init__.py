@@ -20,7 +20,8 @@ from model.errors import (
     TokenizerError,
 )
 from model.generate import Generation
-from model.language_model import LanguageModel, Stream, from_config, load
+from model.language_model import LanguageModel, Stream
+from model.loading import from_config, load
 from model.parameters import Parameters
 from model.prompts import Prompt, few_shot
 from model.sampling import Sampling

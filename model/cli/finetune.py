@@ -11,8 +11,8 @@ from rich.console import Console
 from model.cli.options import CacheDir, Local, ModelOption, Revision
 from model.device import why_no_cuda
 from model.finetune.settings import Settings
-from model.language_model import load
 from model.load import BUNDLED
+from model.loading import load
 
 #: The defaults live once.
 _D = Settings()

@@ -15,8 +15,9 @@ from model.cli.options import CacheDir, Json, Local, ModelOption, Refresh, Revis
 from model.errors import ModelError
 from model.files import read_json
 from model.generate import Generation
-from model.language_model import LanguageModel, load
+from model.language_model import LanguageModel
 from model.load import BUNDLED
+from model.loading import load
 from model.memory import human
 from model.prompts import few_shot
 
