@@ -3,8 +3,8 @@
     python -m bench.memory [--preset gpt2 ...] [--all] [--html FILE]
 
 The footprint of each preset is predicted from its shape: weights, keys and values, and all of it. Then a model
-with random float32 weights is written to a temporary folder once and loaded by every runtime in both dtypes,
-each time in a new process, from files that the system has in its cache. First the answers: logits of 8 tokens
+with random float32 weights is written to a temporary folder once and loaded by every runtime in both dtypes, each
+in a new process, from files that the system has in its cache. First the answers: logits of 8 tokens
 against ours in float32; a wrong one gets no figures. The last line is the whole as JSON.
 """
 
@@ -91,36 +91,22 @@ def _loads(name: str, device: str, rounds: int) -> list[dict[str, Any]]:
             for runtime, make in RUNTIMES.items():
                 if runtime == "transformers" and not (installed("torch") and installed("transformers")):
                     continue
-                tries = [_once(make, folder, device, dtype, ids) for _ in range(rounds)]
-                truth = tries[0]["logits"] if truth is None else truth
-                rows.append(_row(name, dtype, runtime, tries, truth))
+                worker = Worker(make, folder, device, dtype)
+                found = worker.call("load", ids, rounds)[0]
+                worker.close()
+                truth = found["logits"] if truth is None else truth
+                rows.append(_row(name, dtype, runtime, found, truth))
     return rows
 
 
-def _once(make: type, folder: Path, device: str, dtype: str, ids: list[int]) -> dict[str, Any]:
-    worker = Worker(make, folder, device, dtype)
-    try:
-        return worker.call("load", ids)[0]
-    finally:
-        worker.close()
-
-
-def _row(name: str, dtype: str, runtime: str, tries: list[dict[str, Any]], truth: np.ndarray) -> dict[str, Any]:
-    error = float(np.abs(tries[0]["logits"] - truth).max())
+def _row(name: str, dtype: str, runtime: str, found: dict[str, Any], truth: np.ndarray) -> dict[str, Any]:
+    logits = found.pop("logits")
+    error = float(np.abs(logits - truth).max())
     row = {"model": name, "dtype": dtype, "runtime": runtime, "max_logit_error": error}
     if not error <= _TOLERANCE[dtype] * float(np.abs(truth).max()):
         return row | {"wrong": True}
-    seconds = min(each["seconds"] for each in tries)
-    weights = weight_bytes(PRESETS[name], dtype)
-    return row | {
-        "wrong": False,
-        "seconds": seconds,
-        "seconds_to_logits": min(each["seconds_to_logits"] for each in tries),
-        "gigabytes_per_second": weight_bytes(PRESETS[name], "float32") / seconds / 1e9,
-        "peak": max(each["peak"] for each in tries),
-        "held": max(each["held"] for each in tries),
-        "weights": weights,
-    }
+    rate = weight_bytes(PRESETS[name], "float32") / found["seconds"] / 1e9  # of the file's bytes
+    return row | {"wrong": False, **found, "gigabytes_per_second": rate, "weights": weight_bytes(PRESETS[name], dtype)}
 
 
 def _load_cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -9,7 +9,9 @@ from model import gpt2
 from model.config import GPT2Config
 from model.device import Device, NumpyDevice
 from model.load import Filled, Plan, fill
+from model.memory import weight_bytes
 from model.parameters import Parameters
+from model.room import room_for
 
 DTYPES = ("float16", "bfloat16")
 
@@ -65,6 +67,12 @@ def audit(planned: Plan, device: Device, dtype: str) -> Audit:
     Args:
         dtype: "float16" or "bfloat16".
     """
+    needs = {"weights": weight_bytes(planned.config, "float32", head=planned.own_head)}
+    with room_for(device, needs, "the audit, which compares with float32,", "audit where there is more memory"):
+        return _audit(planned, device, dtype)
+
+
+def _audit(planned: Plan, device: Device, dtype: str) -> Audit:
     ids = np.random.default_rng(0).integers(0, planned.config.vocab_size, min(_TOKENS, planned.config.n_positions))
     if isinstance(device, NumpyDevice):
         filled = fill(planned, device, "float32", audit=dtype)

@@ -1,4 +1,4 @@
-"""`LanguageModel`: a loaded model and everything that can be asked of it."""
+"""`LanguageModel`: a loaded model and everything that can be asked of it. `model.loading` makes them."""
 
 import importlib.util
 import time
@@ -325,7 +325,9 @@ class LanguageModel:
         """What a decoder takes and where, what it is for, and what to do where there is not as much."""
         needs = self._ledger(rows, capacity).needs
         what = f"generating {rows} rows of up to {capacity} tokens"
-        return self.parameters.device, needs, what, "reduce batch_size, or the tokens"
+        # Captured, the cache has room for every position, however few the tokens are.
+        remedy = "reduce batch_size" + ("" if can_capture(self.parameters, self.config) else ", or the tokens")
+        return self.parameters.device, needs, what, remedy
 
     def _decoder(self, rows: int, capacity: int) -> Decoder:
         # One with its graphs is kept from call to call; a call beside another has its own.

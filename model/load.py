@@ -195,7 +195,8 @@ class Filled:
     Attributes:
         losses: what the cast of each tensor lost, by its name in the checkpoint.
         nbytes: read from the files.
-        seconds: from the first byte to the last cast.
+        seconds: from the first byte to the last cast. (On CUDA the first load ever compiles the kernel, too; CuPy
+            keeps it on disk.)
         way: one sentence on how the bytes went.
     """
 

@@ -1,7 +1,8 @@
-"""`load` and `from_config`: from a name, or from a shape alone, to a `LanguageModel`."""
+"""`load` and `from_config`: from a name, or from a shape, to a `LanguageModel`."""
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def from_config(config: str | GPT2Config, *, seed: int = 0, device: Any = "auto"
     return LanguageModel(config, parameters)
 
 
-def _room_for_weights(place: Device, config: GPT2Config, dtype: str, name: str, *, head: bool | None = None):
+def _room_for_weights(
+    place: Device, config: GPT2Config, dtype: str, name: str, *, head: bool | None = None
+) -> AbstractContextManager[None]:
     needs = {"weights": weight_bytes(config, dtype, head=head), "buffers": LOADING}
     half = "float16 takes half" if dtype == "float32" else "use a smaller model, or another device"
     return room_for(place, needs, f"{name} as {dtype}", half)

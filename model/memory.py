@@ -227,10 +227,10 @@ def peak_memory() -> int | None:
 
 
 def human(nbytes: int) -> str:
-    """Bytes in decimal units, as files and memory makers count them: 497.8 MB."""
-    value, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
+    """Bytes in decimal units, as files and memory makers count them: 497.8 MB, 6.23 GB."""
+    value, unit, digits = float(nbytes), "B", 0
+    for larger, fine in (("kB", 1), ("MB", 1), ("GB", 2), ("TB", 2)):
         if value < 1000:
             break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value, unit, digits = value / 1000, larger, fine
+    return f"{value:.{digits}f} {unit}"

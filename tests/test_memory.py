@@ -191,14 +191,14 @@ def test_weights_that_will_not_fit_are_refused_before_they_are_allocated(tmp_pat
 
 def test_a_cache_that_will_not_fit_is_refused_with_the_numbers(free, run):
     lm = model.from_config(SMALL, device="cpu")
-    needs = predict(SMALL, "float32", "numpy", batch=4, context=105).beside_weights
+    needs = predict(SMALL, "float32", "numpy", batch=4, context=25).beside_weights
     prompts = [[1, 2, 3, 4, 5]] * 4
     free(needs)
-    assert len(lm.generate(prompts, max_new_tokens=100, batch_size=4)) == 4
+    assert len(lm.generate(prompts, max_new_tokens=20, batch_size=4)) == 4
     free(needs - 1)
-    with pytest.raises(OutOfMemoryError, match=r"generating 4 rows of up to 105 tokens .*KV cache.*reduce batch_size"):
-        lm.generate(prompts, max_new_tokens=100, batch_size=4)
-    assert len(lm.generate(prompts, max_new_tokens=100, batch_size=3)) == 4
+    with pytest.raises(OutOfMemoryError, match=r"generating 4 rows of up to 25 tokens .*KV cache.*reduce batch_size"):
+        lm.generate(prompts, max_new_tokens=20, batch_size=4)
+    assert len(lm.generate(prompts, max_new_tokens=20, batch_size=3)) == 4
     free(1000)
     with pytest.raises(OutOfMemoryError, match="logits of 2 x 3 tokens will not fit"):
         lm.logits([[1, 2, 3], [4, 5, 6]])
@@ -224,7 +224,7 @@ def test_memory_that_runs_out_all_the_same_is_explained(monkeypatch, free, kind)
 
     monkeypatch.setattr(Decoder, "start", fails)
     with pytest.raises(
-        OutOfMemoryError, match=r"ran out of memory: .* were predicted, and 1\.0 GB are free.*reduce"
+        OutOfMemoryError, match=r"ran out of memory: .* were predicted, and 1\.00 GB are free.*reduce"
     ) as caught:
         lm.generate([1, 2, 3])
     assert isinstance(caught.value.__cause__, kind)
@@ -253,7 +253,7 @@ def test_without_a_model_the_table_of_presets_needs_no_checkpoint_and_no_gpu(run
         assert row["measured"] is None
         assert row["fits"]["batch"] > 8
     _, text, _ = run("memory")
-    for shown in (*PRESETS, "497.9 MB", "249.0 MB", "709.7 MB", "6.2 GB", "3.1 GB"):
+    for shown in (*PRESETS, "497.9 MB", "249.0 MB", "709.7 MB", "1.42 GB", "3.10 GB", "1.55 GB", "6.23 GB", "3.12 GB"):
         assert shown in text
 
 
@@ -262,7 +262,7 @@ def test_what_fits_a_named_gpu(run):
     batch, _ = largest(predict(PRESETS["gpt2-xl"], "float16", "cuda"), PRESETS["gpt2-xl"], 79 * 10**9)
     assert code == 0
     assert f"room for a batch of {batch} at 1024 tokens" in text
-    assert "1.0 GB are set aside for CUDA itself: an allowance, not measured" in text
+    assert "1.00 GB are set aside for CUDA itself: an allowance, not measured" in text
     _, text, _ = run("memory", "gpt2-xl", "--gpu", "4.5GB", "--dtype", "float32")
     assert "has no room for one row of 1024 tokens" in text
 
@@ -271,7 +271,7 @@ def test_what_fits_a_named_gpu(run):
     ("arguments", "says"),
     [
         (("--gpu", "H9"), "--gpu: the GPU must be one of"),
-        (("--gpu", "5MB"), "less than the 1.0 GB set aside"),
+        (("--gpu", "5MB"), "less than the 1.00 GB set aside"),
         (("--gpu", "80GB", "--measure"), "neither --measure nor --device"),
         (("--gpu", "80GB", "--device", "cpu"), "neither --measure nor --device"),
         (("--batch", "1,x"), "--batch must be whole numbers"),
@@ -291,3 +291,11 @@ def test_what_cannot_be_asked_is_refused(refused, arguments, says):
 def test_python_refuses_what_cannot_be(options, error):
     with pytest.raises(error, match=next(iter(options))):
         model.from_config(CONFIG, device="cpu").memory(**options)
+
+
+@linux
+def test_a_model_in_memory_is_measured_by_one_of_its_shape():
+    found = model.from_config(SMALL, device="cpu").memory(batch=2, context=64, measure=True)
+    assert found.measured.peak == pytest.approx(found.predicted.peak, rel=0.1)
+    assert found.measured.load_seconds is None
+    assert found.available > found.predicted.peak
