@@ -181,6 +181,20 @@ def test_every_pair_of_storage_orders(kernel):
 
 
 @small
+@pytest.mark.parametrize("rows", ["padded", "padded but the last"])
+def test_what_lies_behind_a_row_is_read_but_not_used(rows, monkeypatch):
+    """Operands read along their rows: 37 of 48 elements, and those of the last row at the very end of the memory."""
+    monkeypatch.setattr(matmul, "gpu", lambda: Gpu(80, HERE.multiprocessors))
+    a, b = (HALF.draw(20, 37, seed=seed) for seed in (1, 2))
+    padded = []
+    for x in (a, b):
+        memory = torch.full((20 * 48 - (11 if rows == "padded but the last" else 0),), torch.nan, dtype=x.dtype)
+        padded.append(memory.to(DEVICE).as_strided((20, 37), (48, 1)).copy_(x))
+    assert matmul._readable(padded[0].T, -2) == matmul._readable(padded[1], -1) == (48 if rows == "padded" else 37)
+    assert torch.equal(product(padded[0].T, padded[1])[0], product(a.T, b)[0])
+
+
+@small
 def test_operands_of_two_dtypes_meet_in_float32(kernel):
     for x, weight in ((SINGLE, HALF), (HALF, SINGLE)):
         given = arrays(weight, 33, 24, 40) | {"x": x.draw(33, 40)}
