@@ -154,6 +154,10 @@ def llama_training(rows: int, dtype: str) -> None:
     optimizer_step(sum(each.numel() for each in p.values()), getattr(torch, dtype))
 
 
+def _token(rows: int) -> str:
+    return "one token" if rows == 1 else f"one token for each of {rows} rows"
+
+
 def _workloads() -> dict[str, Workload]:
     found = {}
     for name, config in PRESETS.items():
@@ -161,14 +165,14 @@ def _workloads() -> dict[str, Workload]:
         found[f"{name}/prefill"] = Workload(f"a prompt of {full}", "float16", partial(gpt2_prefill, config))
         for rows in (1, 8, 64):
             step = partial(gpt2_decode, config, rows)
-            found[f"{name}/decode-{rows}"] = Workload(f"a token for each of {rows} rows", "float16", step)
+            found[f"{name}/decode-{rows}"] = Workload(_token(rows), "float16", step)
         step = partial(gpt2_training, config, 8)
         found[f"{name}/training"] = Workload(f"8 sequences of {full}, and AdamW", "bfloat16", step)
     name, full = "llama-7b", f"{_CONTEXT} tokens, one layer and the output"
     found[f"{name}/prefill"] = Workload(f"a prompt of {full}", "float16", partial(llama_inference, 1, _CONTEXT))
     for rows in (1, 8, 64):
         step = partial(llama_inference, rows, 1)
-        found[f"{name}/decode-{rows}"] = Workload(f"a token for each of {rows} rows of {full}", "float16", step)
+        found[f"{name}/decode-{rows}"] = Workload(f"{_token(rows)}; one layer and the output", "float16", step)
     step = partial(llama_training, 2)
     found[f"{name}/training"] = Workload(f"2 sequences of {full}, and AdamW", "bfloat16", step)
     return found

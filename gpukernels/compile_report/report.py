@@ -1,7 +1,7 @@
 """What a recording comes to: a row for every kernel it launched, and the budgets that rows keep."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gpukernels.compile_report.binary import Compiled, widths
 from gpukernels.compile_report.chips import CHIPS, occupancy
@@ -79,15 +79,15 @@ def _row(group: list[Launch], capability: int) -> Row:
 
 
 def _constants(launch: Launch) -> str:
-    """ "128 x 256 x 64, GELU": the blocks, and flags that are on."""
-    named = {name: value for name, value in launch.arguments.items() if name.isupper()}
-    blocks = [str(value) for name, value in named.items() if name.startswith("BLOCK")]
+    """ "128x256x64, ACTIVATION=gelu": the blocks, and flags that are on."""
+    named = {name: launch.arguments[name] for name in launch.constants}
+    blocks = "x".join(str(value) for name, value in named.items() if name.startswith("BLOCK"))
     others = [
-        f"{name}={value}" if value is not True else name
+        name if value is True else f"{name}={value}"
         for name, value in named.items()
-        if not name.startswith("BLOCK") and value not in (None, False, "", 0)
+        if not name.startswith("BLOCK") and value not in (None, False)
     ]
-    return ", ".join(["x".join(blocks)] * bool(blocks) + others)
+    return ", ".join([blocks] * bool(blocks) + others)
 
 
 # Budgets
@@ -95,24 +95,24 @@ def _constants(launch: Launch) -> str:
 SPILL = 16  # bytes of a thread: a few registers' worth, which the first-level cache absorbs
 BLOCKS, WARPS = 2, 8  # of a multiprocessor: one of the two, so that something runs while something waits
 
-#: Kernels whose products are the point: with 16-bit inputs each must use tensor cores. From sm_90 on those with
-#: tiles of 64 rows or more use wgmma or tcgen05.
+#: Kernels whose products are the point: with 16-bit inputs each must use tensor cores.
 PRODUCTS = {
-    "_attention_backward_keys_kernel": 64,
-    "_attention_backward_queries_kernel": 64,
-    "_attention_forward_kernel": 64,
-    "_decode_group_kernel": None,
-    "_few_rows_kernel": None,
-    "_product_descriptor_kernel": 64,
-    "_product_kernel": None,
+    "_attention_backward_keys_kernel",
+    "_attention_backward_queries_kernel",
+    "_attention_forward_kernel",
+    "_decode_group_kernel",
+    "_few_rows_kernel",
+    "_product_descriptor_kernel",
+    "_product_kernel",
 }
+#: From as many rows of a tile on, those of sm_90 and sm_100 are wgmma's and tcgen05's.
+LARGE = 64
 
 #: (kernel, budget): why the budget may be broken.
 EXCEPTIONS = {
     ("_rope_kernel", "spill"): "the product with 2/pi, in integers, of an angle above 105615, in CUDA's sine and "
     "cosine",
     ("_rope_kernel", "width"): "the one loop is CUDA's reduction of a large angle, which reads a table of 2/pi",
-    ("_document_bounds_kernel", "width"): "it moves a few bytes",
     ("_product_descriptor_kernel", "residency"): "five stages of loads in flight take the shared memory that a second "
     "block would; by probes on an H100, 2026-11-22, at 0.88 to 0.97 of cuBLAS's speed",
 }
@@ -126,7 +126,7 @@ def _broken(launch: Launch, each: Cost, capability: int, blocks: int, warps: int
     if compiled.shared_memory > CHIPS[capability].shared_memory:
         found["shared memory"] = f"needs {compiled.shared_memory} bytes of shared memory"
     if launch.kernel in PRODUCTS and each.tensor_cores:
-        large = PRODUCTS[launch.kernel]
+        large = launch.arguments.get("BLOCK_M", 0) >= LARGE
         wanted = {90: "HGMMA", 100: "UTCHMMA"}.get(capability, "") if large else ""
         if not any(name.startswith(wanted) for name in compiled.tensor_cores):
             found["tensor cores"] = f"has no {wanted or 'tensor-core'} instruction"
@@ -150,7 +150,3 @@ def _wide(compiled: Compiled) -> bool:
     moved = {int(width): int(width) * times for width, times in accesses.items()}
     single = sum(size for width, size in moved.items() if width < 4)
     return max(moved) >= 16 and (not loops or 4 * single <= sum(moved.values()))
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    return row._asdict() | {"grid": list(row.grid)}
