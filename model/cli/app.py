@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from model.cli import check, demo, env, generate, info
+from model.cli import check, compile_report, demo, env, generate, info, verify
 from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("info")(info.info)
 app.command("check")(check.check)
+app.command("compile-report")(compile_report.compile_report)
+app.command("verify")(verify.verify)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 
