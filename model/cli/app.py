@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from model.cli import check, compile_report, demo, env, generate, info, verify
+from model.cli import check, compile_report, demo, env, generate, info, verify, warmup
 from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("info")(info.info)
 app.command("check")(check.check)
 app.command("compile-report")(compile_report.compile_report)
 app.command("verify")(verify.verify)
+app.command("warmup")(warmup.warmup)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 
