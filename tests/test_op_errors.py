@@ -8,10 +8,11 @@ import pytest
 import torch
 from kinds import KINDS, both
 from refusals import NO_FLOAT, NO_INT, makers, refuses
-from truth import Kind, check, host
+from truth import Kind, check
 
 import gpukernels
 from gpukernels import attention, embedding, layer_norm, linear, matmul, norm_linear
+from gpukernels.verify.compare import host
 
 NO_NORM = "x must be (..., C) with C of 1 or more"
 NO_ACTIVATION = "activation must be one of gelu, gelu_new, relu, silu, tanh, or None"

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import both, every_kind, numpy_kinds
-from truth import ACTIVATIONS, Kind, bound, check, host, true_attention
+from truth import Kind, check
 
 import gpukernels
 from gpukernels.numpy_ops.attention import _QUERIES as QUERIES
 from gpukernels.numpy_ops.attention import _SCORES as SCORES
 from gpukernels.numpy_ops.blocks import BLOCK
 from gpukernels.numpy_ops.matmul import _WIDEN as WIDEN
+from gpukernels.verify.compare import host
+from gpukernels.verify.truth import ACTIVATIONS, bound, true_attention
 
 SHAPES = [(7,), (1, 64), (5, 1), (2, 3, 5), (31, 127), (0, 5), (2, 0, 5)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -5,10 +5,11 @@ import pytest
 import torch
 from kinds import both, every_kind
 from refusals import makers, refuses
-from truth import Kind, check, host
+from truth import Kind, check
 
 import gpukernels
 from gpukernels import attention, decode_attention
+from gpukernels.verify.compare import host
 
 CASES = {
     "one head": ((1, 1, 4), (5, 1), [5], {}),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS, both, every_kind, numpy_kinds
-from truth import Kind, check, host
+from truth import Kind, check
 from truth_loss import (
     OPTIONS,
     REDUCTIONS,
@@ -21,6 +21,7 @@ from truth_loss import (
 
 import gpukernels
 from gpukernels.numpy_ops.blocks import BLOCK
+from gpukernels.verify.compare import host
 
 SHAPES = [(7,), (1, 1), (5, 1), (2, 3, 5), (31, 127), (0, 5), (2, 0, 5)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from kinds import KINDS, every_kind
-from truth import Kind, host
+from truth import Kind
 from truth_optimizer import STEPS, check_step, draw_state
 
 import gpukernels
 from gpukernels.numpy_ops.blocks import BLOCK
+from gpukernels.verify.compare import host
 
 OPTIONS = {
     "plain": {},

@@ -13,11 +13,13 @@ from refusals import NO_FLOAT, NO_INT, makers, refuses
 from test_op_errors import STORAGE, restrided
 from test_ops import BLOCK, around
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding, apply_rotary_pos_emb
-from truth import Kind, bound, check, host, true_rope
+from truth import Kind, check
 
 from gpukernels import gelu, rope, swiglu
 from gpukernels.numpy_ops.rope import _default_frequencies
 from gpukernels.torch_ops.rope import default_frequencies
+from gpukernels.verify.compare import host
+from gpukernels.verify.truth import bound, true_rope
 
 APPROXIMATE = ["tanh", "none"]
 every_shape = pytest.mark.parametrize("shape", [(), (7,), (1, 64), (2, 3, 5), (0, 5), (2, 0), (2, 0, 5)], ids=str)

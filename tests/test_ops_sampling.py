@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from kinds import both
 from refusals import makers
 from sampling_cases import mixed, on, plain
-from truth import host
 
 import gpukernels
 from gpukernels import sample, uniform
 from gpukernels.numpy_ops.sampling import EXP2, candidates
 from gpukernels.torch_ops.sampling import _part
+from gpukernels.verify.compare import host
 
 LARGEST = 1 - 2.0**-24  # of the numbers that `uniform` gives
 

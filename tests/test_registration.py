@@ -5,12 +5,13 @@ Runs twice: with the CPU implementations in plain torch, and once more with the 
 
 import pytest
 import torch
-from kernel_cases import DEVICE, HALF, LAYOUTS, SINGLE
+from kernel_cases import DEVICE, HALF, SINGLE
 
 import gpukernels
 from gpukernels import library
 from gpukernels.library.few_rows import few_rows
 from gpukernels.library.registry import LAUNCHERS
+from gpukernels.verify.layouts import LAYOUTS
 
 RTOL, ATOL = 1e-3, 1e-3  # eager against compiled: the same kernels, in float16 at worst
 

@@ -1,7 +1,8 @@
 """Roofs of GPUs, and the times that follow, by hand."""
 
 import pytest
-from workloads import WORKLOADS
+import torch
+from workloads import GPT2, WORKLOADS, products
 
 from gpukernels.compile_report import CHIPS, GPUS, Cost, cost, gpu_named, record, roofline
 
@@ -35,7 +36,7 @@ def test_every_recorded_launch_has_a_cost(name, capability):
 def test_a_product_of_gpt2_by_hand():
     """x (8192, 768), weight (2304, 768), bias and result in float16: by descriptors too."""
     for capability in (80, 90):
-        forward = record(WORKLOADS["products of GPT-2"], capability=capability)[0]
+        forward = record(lambda: products(torch.float16, GPT2[0]), capability=capability)[0]
         rows, N, K = 8192, 2304, 768
         assert cost(forward) == Cost(2 * (rows * K + N * K + N), 2 * rows * N, 2 * rows * N * K, True)
         assert forward.compiled.tensor_core_instructions

@@ -1,9 +1,10 @@
 """What the ops of a decode step are to do, said with others: used in plain runs and with interpreted kernels."""
 
 import numpy as np
-from truth import UNIT, bound, host, true_attention
 
 import gpukernels
+from gpukernels.verify.compare import host
+from gpukernels.verify.truth import UNIT, bound, true_attention
 
 
 def check_cached_attention(

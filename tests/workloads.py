@@ -1,4 +1,4 @@
-"""What models launch, on `meta` tensors of their sizes: what the compile tests record."""
+"""What the compile tests record beside the steps of models (`model.workloads`): other sizes, dtypes and options."""
 
 import contextlib
 
@@ -8,14 +8,8 @@ import gpukernels
 from gpukernels.kernels.few_rows import few_rows
 from gpukernels.kernels.matmul import long_product
 from gpukernels.launches import dependent_launches
-
-
-def meta(*shape, dtype=torch.float16, grad=True):
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
-
-
-def backward(outputs, inputs):
-    torch.autograd.grad(outputs, inputs, [torch.empty_like(each) for each in outputs])
+from model.workloads import WORKLOADS as STEPS
+from model.workloads import backward, meta, optimizer_step
 
 
 def norms(width, dtype):
@@ -95,22 +89,6 @@ def losses(width, padded, dtype, **options):
     gpukernels.cross_entropy_with_gradient(logits, targets, weights=weights, **options)
 
 
-def linear_losses(dtype):
-    hidden, weight = meta(8192, 768, dtype=dtype), meta(50257, 768, dtype=dtype)
-    targets = meta(8192, dtype=torch.int64, grad=False)
-    backward([gpukernels.linear_cross_entropy(hidden, weight, targets)], [hidden, weight])
-
-
-def optimizers(dtype):
-    size = 124_439_808
-    parameter, gradient = (meta(size, dtype=dtype, grad=False) for _ in range(2))
-    first, second, master = (meta(size, dtype=torch.float32, grad=False) for _ in range(3))
-    step, rate = meta(1, dtype=torch.int32, grad=False), meta(1, dtype=torch.float32, grad=False)
-    options = {"step": step, "learning_rate": rate, "decayed": size // 2, "weight_decay": 0.1}
-    master = None if dtype == torch.float32 else master
-    gpukernels.adamw(parameter, gradient, first, second, **options, master=master, gradient_scale=rate)
-
-
 def decode_attention(heads, kv_heads, width, capacity, dtype):
     q, cache = (
         meta(1, heads, width, dtype=dtype, grad=False),
@@ -120,9 +98,9 @@ def decode_attention(heads, kv_heads, width, capacity, dtype):
     gpukernels.decode_attention(q, cache.transpose(1, 2), cache.transpose(1, 2), lengths)
 
 
-def cached_attention(heads, kv_heads, width, capacity, dtype, new=1):
-    """A token, in order and as a decode step launches it; or a prompt."""
-    q, k = (meta(1, new, each, width, dtype=dtype, grad=False) for each in (heads, kv_heads))
+def cached_attention(heads, kv_heads, width, capacity, dtype):
+    """A token, in order and as a decode step launches it."""
+    q, k = (meta(1, 1, each, width, dtype=dtype, grad=False) for each in (heads, kv_heads))
     cache = meta(1, kv_heads, capacity, width, dtype=dtype, grad=False).transpose(1, 2)
     lengths, arrivals = (meta(*shape, dtype=torch.int32, grad=False) for shape in ((1,), (1, heads)))
     for launches in (contextlib.nullcontext, dependent_launches):
@@ -162,51 +140,34 @@ def turns(shape, dtype, **options):
     backward([gpukernels.rope(q, positions, **options)], [q])
 
 
-def embeddings(vocabulary, width, dtype):
-    ids = meta(8, 1024, dtype=torch.int64, grad=False)
-    tables = meta(vocabulary, width, dtype=dtype), meta(1024, width, dtype=dtype)
-    backward([gpukernels.embedding(ids, tables[0], positions=ids, position_weight=tables[1])], tables)
-
-
-#: By name: what is launched. Together they reach every kernel.
+#: By name: what is launched. Together they reach every kernel. A step of 8 or 64 rows has the code of one.
 WORKLOADS = {
-    "norms of GPT-2": lambda: norms(768, torch.float16),
+    **{name: STEPS[name] for name in ("gpt2/prefill", "gpt2/decode-1", "gpt2/training")},
     "norms of GPT-2 XL": lambda: norms(1600, torch.bfloat16),
     "norms of rows wider than registers": lambda: norms(20000, torch.float32),
-    "attention of GPT-2": lambda: attention(12, 64),
     "attention of GPT-2 in float32": lambda: attention(12, 64, torch.float32),
     "attention of LLaMA": lambda: attention(32, 128, torch.bfloat16),
     "attention, 256 wide": lambda: attention(8, 256),
     "attention of every kind": attention_of_every_kind,
-    "products of GPT-2": lambda: products(torch.float16, *GPT2),
-    "a product in bfloat16": lambda: products(torch.bfloat16, ((3072, 768), "gelu", ["bias"])),
     "products in float32, of a float16 weight": lambda: inference(torch.float32),
     "products in float16, without gradients": lambda: inference(torch.float16),
     "gradients that add up": accumulation,
-    "few rows of GPT-2": lambda: few_rows_of_gpt2(768),
-    "few rows of GPT-2's unembedding": lambda: few(1, 50304, 768, bias=False),
     "few rows of GPT-2 XL": lambda: few_rows_of_gpt2(1600),
     "few rows of GPT-2 in float32": lambda: few_rows_of_gpt2(768, torch.float32),
     "few rows of LLaMA": few_rows_of_llama,
     "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
     "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
     "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),
-    "linear loss of GPT-2": lambda: linear_losses(torch.bfloat16),
-    "AdamW of GPT-2": lambda: optimizers(torch.float32),
-    "AdamW of GPT-2 in bfloat16": lambda: optimizers(torch.bfloat16),
+    "AdamW of GPT-2": lambda: optimizer_step(124_439_808, torch.float32),
     "decode attention of GPT-2": lambda: decode_attention(12, 12, 64, 1024, torch.float16),
     "decode attention of Llama 3": lambda: decode_attention(32, 8, 128, 8192, torch.bfloat16),
     "decode attention of wide heads": lambda: decode_attention(8, 4, 256, 8192, torch.float32),
-    "cached attention of GPT-2": lambda: cached_attention(12, 12, 64, 1024, torch.float16),
     "cached attention of Llama 3": lambda: cached_attention(32, 8, 128, 8192, torch.bfloat16),
     "cached attention of wide heads": lambda: cached_attention(8, 4, 256, 8192, torch.float32),
-    "a prompt into the cache": lambda: cached_attention(12, 12, 64, 1024, torch.float16, new=512),
-    "sampling for GPT-2": lambda: sample(50257, 50304, torch.float16, draw=True),
     "sampling for Llama 3": lambda: sample(128256, 128256, torch.float32, draw=True),
     "greedy choice for GPT-2": lambda: sample(50257, 50304, torch.float32, draw=False),
     "GELU of GPT-2": lambda: gelus(3072, torch.float16),
     "SwiGLU of LLaMA-2 7B, packed": lambda: swiglus(11008, torch.bfloat16),
-    "embedding of GPT-2": lambda: embeddings(50304, 768, torch.float16),
     "RoPE of LLaMA-2 7B": lambda: turns((2, 4096, 3, 32, 128), torch.bfloat16),
     "RoPE of LLaMA-2 7B, one position": lambda: turns((1, 1, 3, 32, 128), torch.float16),
     "RoPE of a quarter of each head": lambda: turns(

@@ -284,6 +284,11 @@ KERNELS: dict[str, _Kernel] = {
         "z_ptr out_ptr",
         _product("a_ptr"),
         "a_ptr b_ptr",
+        # Behind the rows of an operand that is read along them, up to 15 elements are read too.
+        part_read={
+            "a_ptr": lambda a: _elements(_array(a["a_ptr"])) // a["M"] * a["read_m"],
+            "b_ptr": lambda a: _elements(_array(a["b_ptr"])) // a["N"] * a["read_n"],
+        },
         # The parts of a split sum stand apart by whole tiles.
         part_written={"out_ptr": lambda a: a["M"] * a["N"] * (_elements(_array(a["out_ptr"])) // _part(a))},
     ),

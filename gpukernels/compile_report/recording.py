@@ -20,6 +20,7 @@ class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, int, int]
     arguments: dict[str, Any]  # by the kernel's parameter names, constants included
+    constants: tuple[str, ...]  # the names of those that the code was made for
     compiled: Compiled
 
 
@@ -93,6 +94,7 @@ class _Driver:
             compiled = Compiled(cubin, metadata.shared, metadata.num_warps, metadata.num_stages)
             current = driver.active  # a kernel compiled in an earlier recording has an earlier driver's launcher
             named = dict(zip(source.fn.arg_names, arguments, strict=True))
-            current.launches.append(Launch(metadata.name, (x, y, z), named, compiled))
+            constants = tuple(each.name for each in source.fn.params if each.is_constexpr)
+            current.launches.append(Launch(metadata.name, (x, y, z), named, constants, compiled))
 
         return launch

@@ -30,6 +30,11 @@ class Gpu(NamedTuple):
         """
         return 90 <= self.capability < 120
 
+    @property
+    def has_small_blocks(self) -> bool:
+        """Whether a block may have 99 KiB of shared memory at most: compute capability 8.6, 8.9, and 12.0 on."""
+        return self.capability in (86, 89) or self.capability >= 120
+
 
 INTERPRETED = Gpu(capability=80, multiprocessors=3)
 

@@ -54,7 +54,7 @@ def _multiply(a, b, acc):
 @triton.jit
 def _product_kernel(
     a_ptr, b_ptr, bias_ptr, residual_ptr, z_ptr, out_ptr,
-    M, N, K, split_k, stride_ag, stride_am, stride_ak, stride_bg, stride_bk, stride_bn,
+    M, N, K, read_m, read_n, split_k, stride_ag, stride_am, stride_ak, stride_bg, stride_bk, stride_bn,
     stride_residual_m, stride_zm, stride_og, stride_om,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, TAIL: tl.constexpr,
@@ -68,9 +68,9 @@ def _product_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     col = first_col + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Past the end the loads begin again at row 0 and column 0: what comes of it is not stored, and there is
-    # no mask to keep the loads from being wide.
-    from_row, from_col = (row % M).to(tl.int64), (col % N).to(tl.int64)
+    # Past the end, or a little further (see `_readable`), the loads begin again at row 0 and column 0: what comes
+    # of it is not stored, and there is no mask to keep the loads from being wide.
+    from_row, from_col = (row % read_m).to(tl.int64), (col % read_n).to(tl.int64)
     a_ptrs = a_ptr + group * stride_ag + from_row[:, None] * stride_am + k[None, :].to(tl.int64) * stride_ak
     b_ptrs = b_ptr + group * stride_bg + k[:, None].to(tl.int64) * stride_bk + from_col[None, :] * stride_bn
     step = tl.full((), BLOCK_K, tl.int64)
@@ -219,7 +219,7 @@ def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
         products, apart = (1, (0, 0)) if a.ndim == 2 else (len(a), (a.stride(0), b.stride(0)))
     _product_kernel[(tiles * products,)](
         a, b, bias, residual, z, out,
-        M, N, K, split_k, apart[0], *a.stride()[-2:], apart[1], *b.stride()[-2:],
+        M, N, K, _readable(a, -2), _readable(b, -1), split_k, apart[0], *a.stride()[-2:], apart[1], *b.stride()[-2:],
         0 if residual is None else residual.stride(0), N,
         0 if out.ndim == 2 else out.stride(0), out.stride(-2),
         BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, GROUP_M=GROUP_M,
@@ -231,6 +231,19 @@ def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
 def _by_rows_or_columns(x: torch.Tensor) -> torch.Tensor:
     """x, or a copy where neither its rows nor its columns lie together in memory."""
     return x if 1 in x.stride()[-2:] else x.contiguous()
+
+
+def _readable(x: torch.Tensor, dim: int) -> int:
+    """How far along `dim` x may be read: its size, or the next multiple of 16 where all its memory goes so far.
+
+    Where neighbours are read together, a load begins again at the first element only after a whole one. What
+    lies behind a row (`empty_rows` leaves room there) is then read, and not used.
+    """
+    size, padded = x.shape[dim], cdiv(x.shape[dim], 16) * 16
+    if padded == size or x.stride(dim) != 1 or x.stride(-3 - dim) < padded:
+        return size
+    last = x.storage_offset() + sum((each - 1) * stride for each, stride in zip(x.shape, x.stride(), strict=True))
+    return padded if last + padded - size < x.untyped_storage().nbytes() // x.element_size() else size
 
 
 def _dot_dtype(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:

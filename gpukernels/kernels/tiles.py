@@ -59,13 +59,16 @@ class AttentionTile(NamedTuple):
 # (no spills on sm_80 to sm_100), not yet measured.
 _ATTENTION_FORWARD_TMA = {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 2)}
 _ATTENTION_FORWARD = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 32, 8, 2)}
+# With 99 KiB for a block: two of them on a multiprocessor. Chosen from the compile report, not yet measured.
+_ATTENTION_FORWARD_SMALL = _ATTENTION_FORWARD | {128: (64, 32, 4, 2)}
 # float32 multiplies on the CUDA cores: small tiles, whose accumulators fit the registers.
 _ATTENTION_FORWARD_FLOAT32 = {64: (32, 32, 4, 2), 128: (16, 32, 4, 1), 256: (16, 32, 4, 1)}
 
 
 @functools.cache
-def attention_forward_tile(width: int, element_size: int, *, tma: bool) -> AttentionTile:
-    half = _ATTENTION_FORWARD_TMA if tma else _ATTENTION_FORWARD
+def attention_forward_tile(width: int, element_size: int, *, tma: bool, small: bool) -> AttentionTile:
+    """small: the GPU's blocks have 99 KiB of shared memory."""
+    half = _ATTENTION_FORWARD_TMA if tma else _ATTENTION_FORWARD_SMALL if small else _ATTENTION_FORWARD
     return _attention_tile(half if element_size == 2 else _ATTENTION_FORWARD_FLOAT32, width)
 
 

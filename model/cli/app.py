@@ -10,7 +10,7 @@ import warnings
 
 import typer
 
-from model.cli import check, demo, env, finetune, generate, info, memory
+from model.cli import check, compile_report, demo, env, finetune, generate, info, memory, verify, warmup
 from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
@@ -27,6 +27,9 @@ app.command("info")(info.info)
 app.command("check")(check.check)
 app.command("memory")(memory.memory)
 app.command("finetune")(finetune.finetune)
+app.command("compile-report")(compile_report.compile_report)
+app.command("verify")(verify.verify)
+app.command("warmup")(warmup.warmup)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 

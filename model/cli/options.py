@@ -1,8 +1,10 @@
-"""Options and arguments that several subcommands share."""
+"""Options, arguments and a progress bar that several subcommands share."""
 
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
 Model = Annotated[
     str,
@@ -25,3 +27,9 @@ CacheDir = Annotated[str | None, typer.Option(help="The Hub's cache, if not the 
 Local = Annotated[bool, typer.Option("--local-files-only", help="Never ask the network.")]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Ask the Hub for a newer version of a cached model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def progress_bar() -> Progress:
+    """On standard error while it lasts, and nowhere if that is no terminal."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 from kernel_cases import DEVICE
-from truth import ACTIVATIONS, UNIT
 
 from gpukernels.kernels.activations import activate, activation_slope
 from gpukernels.torch_ops.pointwise import ACTIVATIONS as PLAIN
+from gpukernels.verify.truth import ACTIVATIONS, UNIT
 
 names = pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name is not None])
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DOT_KINDS, HALF, LAYOUTS, SINGLE, check_gradients, ids
-from truth import check, host
+from kernel_cases import DOT_KINDS, HALF, SINGLE, check_gradients, ids
+from truth import check
 
 import gpukernels
 from gpukernels.kernels import device
@@ -16,6 +16,8 @@ from gpukernels.kernels.attention import backward, blocks, forward
 from gpukernels.kernels.device import INTERPRETING
 from gpukernels.kernels.tiles import AttentionTile
 from gpukernels.library.attention import WIDEST
+from gpukernels.verify.compare import host
+from gpukernels.verify.layouts import LAYOUTS
 
 kinds = pytest.mark.parametrize("kind", DOT_KINDS, ids=ids)
 
@@ -38,7 +40,7 @@ def small_tiles(monkeypatch):
     def tile(width, keys):
         return AttentionTile(16, keys, max(16, 1 << (width - 1).bit_length()), 4, 1)
 
-    monkeypatch.setattr(forward, "attention_forward_tile", lambda width, size, tma: tile(width, 32))
+    monkeypatch.setattr(forward, "attention_forward_tile", lambda width, size, tma, small: tile(width, 32))
     monkeypatch.setattr(
         backward, "attention_backward_tiles", lambda width, size, tma: (tile(width, 16), tile(width, 32))
     )
@@ -49,55 +51,9 @@ def arrays(kind, batch, new, heads, width, keys, kv_heads, **integers):
     return given | {name: kind.ints(values) for name, values in integers.items()}
 
 
-def magnitudes(causal=True, window=None, scale=None, return_lse=False):
-    """As the docstring of `kernels/attention/backward.py` has the gradients, with every term's absolute value."""
-
-    def of(q, k, v, douts, lengths=None, documents=None):
-        (batch, new, heads, width), (keys, kv_heads) = q.shape, k.shape[1:3]
-        factor = width**-0.5 if scale is None else scale
-        lengths = np.full(batch, keys) if lengths is None else lengths
-        position = lengths[:, None] - new + np.arange(new)
-        j = np.arange(keys)
-        visible = (j < lengths[:, None, None]) & (position >= 0)[..., None]
-        if causal:
-            visible &= j <= position[..., None]
-        if window is not None:
-            visible &= j > position[..., None] - window
-        if documents is not None:
-            run = np.concatenate([np.zeros((batch, 1), int), np.diff(documents) != 0], 1).cumsum(1)
-            own = np.take_along_axis(run, position.clip(0, keys - 1), 1)
-            visible &= own[..., None] == run[:, None]
-        used = (j < lengths[:, None])[..., None, None]
-        k, v = (np.where(used, x, 0).repeat(heads // kv_heads, 2) for x in (k, v))
-        seen = visible[:, None]
-        scores = np.where(seen, factor * np.einsum("bthd,bshd->bhts", q, k), -np.inf)
-        sizes = np.where(seen, factor * np.einsum("bthd,bshd->bhts", abs(q), abs(k)), 0)
-        # A score that is off by d changes its weight by a factor of exp(d), and the sum too.
-        sizes = 1 + 2 * sizes.max(-1, keepdims=True, initial=0)
-        largest = scores.max(-1, keepdims=True, initial=-1e30)
-        p = np.exp(scores - largest)
-        p /= np.maximum(p.sum(-1, keepdims=True), 1e-300)
-        dout = abs(douts[0])
-        dp = np.einsum("bthd,bshd->bhts", dout, abs(v))
-        delta = (p * dp).sum(-1, keepdims=True) * sizes
-        if return_lse:
-            delta = delta + abs(douts[1])[..., None]
-        # Rounded to 16 bits before the last products; float16's relative precision ends at 2**-14.
-        p_size, ds = ((p * sizes + 2**-14) * seen, (p * sizes * (dp + delta) + 2**-14) * seen)
-        by_group = (batch, keys, kv_heads, -1, width)
-        length = max(width, keys, new) * heads // kv_heads
-        return {
-            "q": (factor * np.einsum("bhts,bshd->bthd", ds, abs(k)), length),
-            "k": (factor * np.einsum("bhts,bthd->bshd", ds, abs(q)).reshape(by_group).sum(3), length),
-            "v": (np.einsum("bhts,bthd->bshd", p_size, dout).reshape(by_group).sum(3), length),
-        }
-
-    return of
-
-
 def check_both(given, **options):
     check("attention", given, **options)
-    check_gradients("attention", given, magnitudes(**options), **options)
+    check_gradients("attention", given, **options)
 
 
 # Blocks of 16 queries and 16 or 32 keys: one below, at and above each; heads that share keys; one of each.
@@ -142,7 +98,7 @@ def test_lengths(kind, options, loads):
     for row, length in enumerate(lengths):  # what lies behind must not be read, or must not count
         given["k"][row, length:] = given["v"][row, length:] = math.nan
     check("attention", given, **OPTIONS[options], return_lse=True)
-    check_gradients("attention", given, magnitudes(**OPTIONS[options]), **OPTIONS[options])
+    check_gradients("attention", given, **OPTIONS[options])
 
 
 @kinds
@@ -175,7 +131,7 @@ def test_any_strides(layout, loads):
     given = arrays(HALF, 2, 20, 4, 16, 33, 2)
     laid_out = {name: LAYOUTS[layout](x) for name, x in given.items()}
     check("attention", laid_out)
-    check_gradients("attention", laid_out, magnitudes(), layout=layout)
+    check_gradients("attention", laid_out, layout=layout)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -200,7 +156,7 @@ def test_nothing(size, loads):
 @pytest.mark.usefixtures("small_tiles")
 def test_the_gradient_of_the_log_sum_exp(loads):
     given = arrays(SINGLE, 1, 20, 2, 16, 33, 1)
-    check_gradients("attention", given, magnitudes(return_lse=True), return_lse=True)
+    check_gradients("attention", given, return_lse=True)
     leaves = {name: x.requires_grad_() for name, x in given.items()}
     _, lse = gpukernels.attention(**leaves, return_lse=True)
     found = torch.autograd.grad(lse.sum(), [leaves["q"], leaves["v"]])

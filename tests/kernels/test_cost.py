@@ -75,7 +75,7 @@ def test_scores_are_counted_one_by_one(T, S, causal, window):
 
 def test_tensor_cores_are_for_16_bit_products():
     def product(a, b):
-        arguments = dict.fromkeys(("bias_ptr", "residual_ptr", "z_ptr")) | {"M": 4, "N": 6}
+        arguments = dict.fromkeys(("bias_ptr", "residual_ptr", "z_ptr")) | {"M": 4, "N": 6, "read_m": 4, "read_n": 6}
         x, weight = torch.empty(4, 5, dtype=a), torch.empty(5, 6, dtype=b)
         return cost_of("_product_kernel", arguments | {"a_ptr": x, "b_ptr": weight, "out_ptr": torch.empty(4, 6)})
 

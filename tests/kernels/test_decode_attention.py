@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DOT_KINDS, HALF, KINDS, LAYOUTS, SINGLE, ids
-from truth import bound, check, host, true_decode_attention
+from kernel_cases import DOT_KINDS, HALF, KINDS, SINGLE, ids
+from truth import check
 
 from gpukernels import decode_attention
 from gpukernels.kernels.attention import decode
 from gpukernels.kernels.device import Gpu
+from gpukernels.verify.compare import host
+from gpukernels.verify.layouts import LAYOUTS
+from gpukernels.verify.truth import bound, true_decode_attention
 
 KEYS, SPLITS = 4, 3  # of a block, and of a row, in these tests
 # Around a block, around a share of one block each, of two blocks each; the last is the capacity.

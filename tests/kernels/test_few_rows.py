@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, DOT_KINDS, HALF, LAYOUTS, SINGLE, ids
-from truth import ACTIVATIONS, Truth, bound, host, true_layer_norm, true_linear, true_rms_norm
+from kernel_cases import DEVICE, DOT_KINDS, HALF, SINGLE, ids
 from truth import check as check_public
 
 import gpukernels
@@ -15,6 +14,9 @@ from gpukernels.kernels import few_rows as kernels
 from gpukernels.kernels.device import INTERPRETED, Gpu
 from gpukernels.kernels.few_rows import FewRowsTile, few_rows_tile
 from gpukernels.library.few_rows import few_rows
+from gpukernels.verify.compare import host
+from gpukernels.verify.layouts import LAYOUTS
+from gpukernels.verify.truth import ACTIVATIONS, Truth, bound, true_layer_norm, true_linear, true_rms_norm
 
 kinds = pytest.mark.parametrize("kind", DOT_KINDS, ids=ids)
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)

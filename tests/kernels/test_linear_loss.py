@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DOT_KINDS, HALF, LAYOUTS, SINGLE, ids
-from truth import host
+from kernel_cases import DEVICE, DOT_KINDS, HALF, SINGLE, ids
 from truth_loss import OPTIONS, REDUCTIONS, check_linear, draw_tokens, draw_weights
 
 import gpukernels
 from gpukernels.kernels import linear_loss as kernels
+from gpukernels.verify.compare import host
+from gpukernels.verify.layouts import LAYOUTS
 
 reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, HALF, KINDS, LAYOUTS, SINGLE, ids
-from truth import check, host
+from kernel_cases import DEVICE, HALF, KINDS, SINGLE, ids
+from truth import check
 from truth_loss import (
     OPTIONS,
     REDUCTIONS,
@@ -17,6 +17,8 @@ from truth_loss import (
 
 import gpukernels
 from gpukernels.kernels import loss as kernels
+from gpukernels.verify.compare import host
+from gpukernels.verify.layouts import LAYOUTS
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=ids)
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from kernel_cases import BRAIN, DEVICE, HALF, KINDS, SINGLE, ids
-from truth import host
 from truth_optimizer import STEPS, check_step, draw_state
 
 import gpukernels
 from gpukernels.kernels import optimizer as kernels
+from gpukernels.verify.compare import host
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=ids)
 

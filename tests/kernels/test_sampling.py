@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, HALF, KINDS, LAYOUTS, ids
+from kernel_cases import DEVICE, HALF, KINDS, ids
 from sampling_cases import mixed, on
-from truth import host
 
 from gpukernels import numpy_ops, sample
 from gpukernels.kernels import sampling
 from gpukernels.kernels.device import INTERPRETING
 from gpukernels.numpy_ops.sampling import candidates
+from gpukernels.verify.compare import host
+from gpukernels.verify.layouts import LAYOUTS
 
 ROWS = 8
 

@@ -39,7 +39,8 @@ def append(new_k, new_v, k, v, lengths):
         return
     new_k, new_v = (each if each.stride(-1) == 1 else each.contiguous() for each in (new_k, new_v))
     BLOCK_D = triton.next_power_of_2(D)
-    BLOCK_T = min(max(1, 2048 // BLOCK_D), triton.next_power_of_2(T))  # 16 elements a thread
+    # 16 elements a thread. Chosen from the compile report, not yet measured.
+    BLOCK_T = min(max(1, 2048 // BLOCK_D), triton.next_power_of_2(T))
     _append_kernel[(B * cdiv(T, BLOCK_T), heads)](
         new_k, new_v, k, v, lengths.contiguous(),
         T, k.shape[1], D, *new_k.stride()[:3], *new_v.stride()[:3], *k.stride()[:3], *v.stride()[:3],

@@ -179,6 +179,7 @@ def document_bounds(documents: torch.Tensor) -> torch.Tensor:
     batch, S = documents.shape
     documents = documents if documents.stride(1) == 1 else documents.contiguous()
     bounds = torch.empty((batch, 2, S), dtype=torch.int32, device=documents.device)
+    # 1024 tokens at a time, 8 a thread. Chosen from the compile report, not yet measured.
     _document_bounds_kernel[(batch,)](documents, bounds, S, documents.stride(0), BLOCK=1024, num_warps=4)
     return bounds
 

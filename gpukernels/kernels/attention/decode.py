@@ -53,6 +53,8 @@ from gpukernels.kernels.device import cdiv, dependent_launch, gpu
 # the compile report, not yet measured.
 _HEAD_TILES = {128: (64, 4), 256: (64, 8), 512: (32, 8), 1024: (16, 8)}
 _GROUP_TILES = {256: (64, 4), 512: (32, 4)}
+# With 99 KiB for a block: two of them on a multiprocessor. Chosen from the compile report, not yet measured.
+_GROUP_TILES_SMALL = {256: (32, 4), 512: (16, 4)}
 
 _GROUP = 16  # query heads that share a key-value head and a program: the rows of a matrix product
 _MOST_SPLITS = 128  # what the last program holds at once, 64 wide
@@ -335,7 +337,8 @@ def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None,
     lengths = lengths.contiguous()
     group, BLOCK_D = H // Hkv, max(16, triton.next_power_of_2(D))
     shared = group > 1 and q.dtype != torch.float32
-    BLOCK_N, num_warps = _tile(_GROUP_TILES if shared else _HEAD_TILES, BLOCK_D * q.element_size())
+    group_tiles = _GROUP_TILES_SMALL if gpu().has_small_blocks else _GROUP_TILES
+    BLOCK_N, num_warps = _tile(group_tiles if shared else _HEAD_TILES, BLOCK_D * q.element_size())
     programs = Hkv * cdiv(group, _GROUP) if shared else H
     SPLITS = max(1, min(_MOST_SPLITS, gpu().multiprocessors // programs))
     splits = max(1, min(SPLITS, cdiv(S, BLOCK_N)))  # those that a row of S keys would use

@@ -34,7 +34,7 @@ from gpukernels.kernels.attention.blocks import (
     store_rows,
     unit_inner_stride,
 )
-from gpukernels.kernels.device import cdiv
+from gpukernels.kernels.device import cdiv, gpu
 from gpukernels.kernels.tiles import attention_forward_tile
 
 LOG2_E = math.log2(math.e)
@@ -129,7 +129,7 @@ def attention_forward(q, k, v, lengths, bounds, scale, *, causal, window):
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     tma = q.element_size() == 2 and all(map(fits_descriptor, (q, k, v)))
-    tile = attention_forward_tile(D, q.element_size(), tma=tma)
+    tile = attention_forward_tile(D, q.element_size(), tma=tma, small=gpu().has_small_blocks)
     sources = (q, k, v)
     if tma:
         heights = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N)
