@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpukernels.cast import FORMATS, cast
+from gpukernels.cast import FORMATS
 from model import gpt2
 from model.checkpoint import TensorEntry, read_header
 from model.config import GPT2Config
 from model.device import NumpyDevice
 from model.errors import CheckpointError
 from model.files import read_json
+from model.load import read_tensor
 from model.parameters import Parameters, Slot
 from model.save import replace_file, write_tensors
 
@@ -103,11 +104,16 @@ def write_adapter(
     for name, adapter in adapters.items():
         tensors[f"{_PREFIX}{modules[name]}.lora_A.weight"] = adapter.a
         tensors[f"{_PREFIX}{modules[name]}.lora_B.weight"] = adapter.b
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def write(path: Path) -> None:
+        write_tensors(path, shapes, tensors.__getitem__, "float32", NumpyDevice())
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(document, indent=2) + "\n"
         replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-        replace_file(folder / WEIGHTS_NAME, lambda path: write_tensors(path, tensors, "float32", NumpyDevice()))
+        replace_file(folder / WEIGHTS_NAME, write)
     except OSError as fault:
         raise CheckpointError(f"{fault.filename or folder}: cannot be written: {fault.strerror or fault}") from None
 
@@ -172,14 +178,6 @@ def _read_config(path: Path) -> tuple[float, int]:
 
 
 def _values(entry: TensorEntry) -> np.ndarray:
-    try:
-        with open(entry.path, "rb") as file:
-            file.seek(entry.offset)
-            raw = file.read(entry.nbytes)
-    except OSError as fault:
-        raise CheckpointError(f"{entry.path}: cannot be read: {fault.strerror}") from None
-    if len(raw) != entry.nbytes:
-        raise CheckpointError(f"{entry.path}: ended inside tensor {entry.name}: the file changed while it was read")
     out = np.empty(entry.shape, np.float32)
-    cast(np.frombuffer(raw, FORMATS[entry.dtype]), entry.dtype, out)
+    read_tensor(entry, out, NumpyDevice())
     return out

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,28 +95,39 @@ def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, A
 
 
 def _write_weights(path: Path, parameters: Parameters) -> None:
-    def stored(slot: Slot) -> tuple[str, Any]:
-        array = parameters[slot.name]
-        name = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
-        return name, array.T if slot.transposed else array
+    def name(slot: Slot) -> str:
+        return slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
 
-    write_tensors(path, dict(map(stored, parameters.slots.values())), parameters.dtype, parameters.device)
+    slots = {name(slot): slot for slot in parameters.slots.values()}
+
+    def read(stored: str) -> Any:
+        array = parameters[slots[stored].name]
+        return array.T if slots[stored].transposed else array
+
+    shapes = {stored: slot.stored_shape for stored, slot in slots.items()}
+    write_tensors(path, shapes, read, parameters.dtype, parameters.device)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], dtype: str, device: Device) -> None:
-    """A safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once."""
+def write_tensors(
+    path: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Any], dtype: str, device: Device
+) -> None:
+    """A safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once.
+
+    `read` is asked for each tensor of `shapes` once, in order, and gives it in `dtype` on `device`.
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, array in tensors.items():
-        start, end = end, end + math.prod(array.shape) * WIDTHS[dtype]
-        header[name] = {"dtype": _FORMATS[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * WIDTHS[dtype]
+        header[name] = {"dtype": _FORMATS[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for array in tensors.values():
-            rows = max(1, _CHUNK // max(1, array.nbytes // array.shape[0]))
-            for first in range(0, array.shape[0], rows):
+        for name, shape in shapes.items():
+            array = read(name)
+            rows = max(1, _CHUNK // max(1, math.prod(shape[1:]) * WIDTHS[dtype]))
+            for first in range(0, shape[0], rows):
                 file.write(device.to_bytes(array[first : first + rows]))
     # The format's own library has the last word before the file takes its name.
     with safe_open(str(path), "numpy") as written:

@@ -85,6 +85,9 @@ def finetune(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, besides every evaluation's.", show_default=False)
     ] = None,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Under torchrun: each process keeps a part of the model (FSDP2).")
+    ] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more work.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or auto.")] = _D.dtype,
@@ -130,6 +133,7 @@ def finetune(
         "evaluate_every": evaluate_every,
         "patience": patience,
         "save_every": save_every,
+        "fsdp": fsdp,
         "recompute": recompute,
         "dtype": dtype,
     }
@@ -146,6 +150,7 @@ def finetune(
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        on_disk=fsdp,
     )
     console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
     for notice in lm.notices:

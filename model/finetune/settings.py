@@ -50,6 +50,7 @@ class Settings:
         save_every: optimizer steps between checkpoints besides those of every evaluation; None: no more.
 
     Memory:
+        fsdp: every process has a part of the parameters, gradients and moments; see `finetune.sharding`.
         recompute: compute each block again for its gradient in place of keeping what it needs.
         dtype: of weights and activations: float32, float16 (with a loss scale), bfloat16; "auto": float32 on the
             CPU and the model's own on CUDA. Below float32 the exact weights are kept in float32 beside them.
@@ -84,6 +85,7 @@ class Settings:
     lora_targets: tuple[str, ...] = ("qkv",)
     lora_rank_stabilized: bool = False
     keep_adapter: bool = False
+    fsdp: bool = False
     recompute: bool = False
     dtype: str = "auto"
 
