@@ -63,7 +63,7 @@ def save(
         raise CheckpointError(f"{place}: is not a folder")
     if weights.is_dir():
         raise CheckpointError(f"{weights}: is a folder")
-    document = _config_json(config, parameters, values)
+    document, device = _config_json(config, parameters, values), parameters.device
     beside = place / "config.json"
     if single and beside.exists() and read_json(beside) != document:
         raise CheckpointError(f"{beside}: belongs to another model; save {target.name} into a folder of its own")
@@ -77,7 +77,7 @@ def save(
                 replace_file(place / name, lambda path, source=source: shutil.copyfile(source, path))
         if tokenizer is not None and not (place / "tokenizer.json").exists():
             replace_file(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
-        replace_file(weights, lambda path: _write_weights(path, parameters))
+        replace_file(weights, lambda path: _write_weights(path, parameters, device))
         if not single:
             # transformers prefers the single file, but other readers may take an older index first.
             (place / INDEX_NAME).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, A
     return document
 
 
-def _write_weights(path: Path, parameters: Parameters) -> None:
+def _write_weights(path: Path, parameters: Parameters, device: Device) -> None:
     def name(slot: Slot) -> str:
         return slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
 
@@ -105,7 +105,7 @@ def _write_weights(path: Path, parameters: Parameters) -> None:
         return array.T if slots[stored].transposed else array
 
     shapes = {stored: slot.stored_shape for stored, slot in slots.items()}
-    write_tensors(path, shapes, read, parameters.dtype, parameters.device)
+    write_tensors(path, shapes, read, parameters.dtype, device)
 
 
 def write_tensors(
