@@ -200,7 +200,33 @@ def linear_arrays(kind, tokens, width, vocabulary, *, ignored=(1,)):
 @reductions
 @every_option
 def test_linear_cross_entropy(kind, reduction, options):
-    check_linear(linear_arrays(kind, (2, 3), 5, 11), reduction=reduction, **options)
+    for chunk in (None, 4):
+        check_linear(linear_arrays(kind, (2, 3), 5, 11), reduction=reduction, chunk=chunk, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_of_torch_on_the_cpu_never_has_all_logits(reduction, monkeypatch):
+    kind, largest, linear = Kind("torch", "float32"), [0], torch.nn.functional.linear
+
+    def watched(rows, *rest):
+        largest[0] = max(largest[0], len(rows))
+        return linear(rows, *rest)
+
+    given = linear_arrays(kind, (40, 30), 5, 11)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", watched)
+        check_linear(given, reduction=reduction)
+    assert largest[0] == 512
+    for frozen in ("hidden", "weight"):
+        check_linear(given, reduction=reduction, chunk=700, frozen=(frozen,))
+    with torch.no_grad():
+        loss = gpukernels.linear_cross_entropy(**given, reduction=reduction)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    truth = gpukernels.linear_cross_entropy(**wide, reduction=reduction)
+    assert abs(loss.item() - truth.item()) <= 1e-5 * abs(truth.item())
+    given["targets"][3, 4] = 11
+    with pytest.raises(IndexError, match="Target 11 is out of bounds"):
+        gpukernels.linear_cross_entropy(**given)
 
 
 @numpy_kinds

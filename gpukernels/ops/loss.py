@@ -129,15 +129,15 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk: int | None = None,
 ) -> Array:
-    """cross_entropy(hidden @ weight.T, targets), on the GPU without ever storing all logits.
+    """cross_entropy(hidden @ weight.T, targets), without ever storing all logits.
 
     Args:
         hidden: (..., C), what the last block of a model gives.
         weight: (V, C), of hidden's dtype.
         targets, weights, ignore_index, label_smoothing, z_loss, reduction: as for `cross_entropy`.
-        chunk: on the GPU, tokens whose logits are in memory at a time; None: a power of two whose logits take up
-            to 256 MiB (2048 for 50304 words in 16 bits), and at least 128. NumPy and torch on the CPU make all
-            logits at once.
+        chunk: tokens whose logits are in memory at a time; None: on the GPU a power of two whose logits take up
+            to 256 MiB (2048 for 50304 words in 16 bits), and at least 128; for torch on the CPU, 512. NumPy, torch
+            on the CPU but in float32, and there the reduction "none" make all logits at once.
 
     Returns:
         As `cross_entropy`.

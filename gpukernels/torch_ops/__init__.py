@@ -5,7 +5,8 @@ what is meant in the fewest steps. `gpukernels.ops` has the contracts and has ch
 """
 
 from gpukernels.torch_ops.attention import attention, cached_attention, decode_attention
-from gpukernels.torch_ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
+from gpukernels.torch_ops.linear_loss import linear_cross_entropy
+from gpukernels.torch_ops.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear
 from gpukernels.torch_ops.norm import layer_norm, rms_norm
 from gpukernels.torch_ops.optimizer import adamw

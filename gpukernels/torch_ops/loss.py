@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from gpukernels.torch_ops.matmul import linear
-
 
 def cross_entropy(
     logits, targets, *, weights=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean"
@@ -41,29 +39,6 @@ def cross_entropy_with_gradient(
         g = g * scale.reshape(())
     dlogits = cross_entropy_gradient(g, x, targets.reshape(-1), torch.logsumexp(x, -1), **options)
     return loss, dlogits.to(logits.dtype).reshape(logits.shape)
-
-
-def linear_cross_entropy(
-    hidden,
-    weight,
-    targets,
-    *,
-    weights=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    reduction="mean",
-    chunk=None,
-):
-    return cross_entropy(
-        linear(hidden, weight),
-        targets,
-        weights=weights,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        reduction=reduction,
-    )
 
 
 def cross_entropy_gradient(g, x, targets, lse, *, ignore_index, label_smoothing, z_loss):
