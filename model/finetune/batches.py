@@ -1,5 +1,6 @@
 """Which windows a step takes, and which of them each process has."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ import torch
 
 from model.finetune.distributed import World
 from model.finetune.packing import IGNORE, Windows, order
+
+# An epoch asks for its order at every step.
+_order = functools.lru_cache(maxsize=2)(order)
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Batches:
     def of_step(self, step: int) -> np.ndarray:
         """The numbers of the windows of a step, counted from 0 over all epochs."""
         epoch, inside = divmod(step, self.steps)
-        return order(len(self.windows.tokens), epoch, self.seed)[inside * self.whole : (inside + 1) * self.whole]
+        return _order(len(self.windows.tokens), epoch, self.seed)[inside * self.whole : (inside + 1) * self.whole]
 
     def targets(self, numbers: np.ndarray) -> int:
         """How many targets count in these windows."""
@@ -54,4 +58,7 @@ class Batches:
             parts = [array[numbers[:1] if empty else share] for array in self.windows]
             if empty:
                 parts[Windows._fields.index("targets")][:] = IGNORE
-            yield tuple(torch.from_numpy(part).to(device, non_blocking=True) for part in parts)
+            tensors = map(torch.from_numpy, parts)
+            if device.type == "cuda":  # copied from pinned memory while the device is still at the step before
+                tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+            yield tuple(tensors)

@@ -127,10 +127,16 @@ def write(
 
 def drop(out: Path, but: Path | None = None) -> None:
     """Removes the checkpoints but one, and what a kill left half-written."""
-    for path in out.iterdir():
+    for path in list(out.iterdir()):
         name = path.name.removeprefix(".").removesuffix(".tmp")
-        if path != but and _FOLDER.fullmatch(name):
-            shutil.rmtree(path, ignore_errors=True)
+        if path == but or not _FOLDER.fullmatch(name):
+            continue
+        # Under a name that is no checkpoint's: a kill meanwhile leaves none that is half there.
+        doomed = out / f".{name}.tmp"
+        if path != doomed:
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_document(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,8 +134,8 @@ class Optimizer:
         """One update; the gradient is multiplied by `scale`, which undoes the loss scale and clips."""
         self.updates += 1
         gradient, wide, device = self.whole, self.first_moment.dtype, self.parameter.device
-        learning_rate = torch.tensor(rate, dtype=wide, device=device)
-        gradient_scale = None if scale == 1.0 else torch.tensor(scale, dtype=wide, device=device)
+        learning_rate = torch.full((), rate, dtype=wide, device=device)
+        gradient_scale = None if scale == 1.0 else torch.full((), scale, dtype=wide, device=device)
         count = len(gradient)
         size = count if device.type == "cuda" else _PIECE
         for start in range(0, count, size):

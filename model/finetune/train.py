@@ -181,6 +181,7 @@ class Trainer:
 
     def _step(self) -> None:
         began, progress = time.monotonic(), self.progress
+        windows = self.train.windows.tokens[self.train.of_step(progress.step)]
         total, targets = self.gradient(progress.step)
         # The one moment in a step in which the host waits for the device.
         loss, norm = torch.stack([self.world.add(total), self._norm()]).tolist()
@@ -207,7 +208,7 @@ class Trainer:
                 "rate": rate,
                 "gradient_norm": norm,
                 "tokens": targets,
-                "tokens_per_second": targets / (time.monotonic() - began),
+                "tokens_per_second": windows.size / (time.monotonic() - began),
                 "memory": self._memory(),
                 "skipped": progress.skipped,
                 "loss_scale": scale,
