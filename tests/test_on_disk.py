@@ -6,6 +6,8 @@ from rich.console import Console
 
 import model
 from model.config import GPT2Config
+from model.finetune import sharding
+from model.finetune.distributed import World
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 
@@ -52,6 +54,12 @@ def test_shards_want_several_processes(lm, tmp_path):
     with pytest.raises(model.ModelError, match="on disk only, from where fsdp reads them; load the model"):
         train()
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_want_a_torch_that_adds_gradients_up(monkeypatch):
+    monkeypatch.delattr(sharding.FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(model.ModelError, match="fsdp needs a newer torch than"):
+        sharding.shard(None, World(0, 2), None)
 
 
 def test_a_file_that_has_gone_is_named(lm, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from model.errors import TrainingError
 from model.finetune.distributed import World
 from model.finetune.modules import Network
 from model.parameters import Slot, grouped
@@ -24,7 +25,12 @@ def outline(slots: Iterable[Slot]) -> SimpleNamespace:
 
 
 def shard(network: Network, world: World, device: torch.device) -> None:
-    """Splits a network that has no memory yet over the ranks; the values of the shards are undefined."""
+    """Splits a network that has no memory yet over the ranks; the values of the shards are undefined.
+
+    Raises TrainingError where torch cannot add gradients up.
+    """
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise TrainingError(f"fsdp needs a newer torch than {torch.__version__}")
     mesh = init_device_mesh(device.type, (world.size,))
     for module in (*network.blocks, network):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
