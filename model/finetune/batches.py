@@ -46,10 +46,11 @@ class Batches:
         """How many targets count in these windows."""
         return int((self.windows.targets[numbers] != IGNORE).sum())
 
-    def passes(self, numbers: np.ndarray, device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+    def passes(self, numbers: np.ndarray, device: torch.device) -> Iterator[tuple[torch.Tensor | None, ...]]:
         """This rank's part of some windows, pass by pass: tokens, targets, positions and documents, (B, T).
 
-        Every rank has as many passes. Where the windows run out, a rank gets one without a target.
+        Every rank has as many passes. Where the windows run out, a rank gets one without a target. Where every window
+        is one document, documents is None: attention needs no mask.
         """
         each = self.size * self.world.size
         for start in range(0, len(numbers), each):
@@ -58,7 +59,14 @@ class Batches:
             parts = [array[numbers[:1] if empty else share] for array in self.windows]
             if empty:
                 parts[Windows._fields.index("targets")][:] = IGNORE
-            tensors = map(torch.from_numpy, parts)
-            if device.type == "cuda":  # copied from pinned memory while the device is still at the step before
-                tensors = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
-            yield tuple(tensors)
+            *rest, documents = (_moved(part, device) for part in parts)
+            alone = (parts[-1] == parts[-1][:, :1]).all()
+            yield *rest, None if alone else documents
+
+
+def _moved(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From pinned memory, while the device is still at the step before.
+    return tensor.pin_memory().to(device, non_blocking=True)
