@@ -16,12 +16,11 @@ import numpy as np
 
 from gpukernels.cast import FORMATS
 from model import gpt2
-from model.checkpoint import TensorEntry, read_header
+from model.checkpoint import TensorEntry, read_header, read_tensor
 from model.config import GPT2Config
 from model.device import NumpyDevice
 from model.errors import CheckpointError
 from model.files import read_json
-from model.load import read_tensor
 from model.parameters import Parameters, Slot
 from model.save import replace_file, write_tensors
 
@@ -144,7 +143,7 @@ def read_adapter(folder: Path, config: GPT2Config) -> dict[str, LowRank]:
         problems.append(f"{weights}: there is no adapter in it")
     if problems:
         raise CheckpointError(problems)
-    return {name: LowRank(_values(each["A"]), _values(each["B"]), scale) for name, each in found.items()}
+    return {name: LowRank(read_tensor(each["A"]), read_tensor(each["B"]), scale) for name, each in found.items()}
 
 
 def merge(parameters: Parameters, adapters: Mapping[str, LowRank]) -> None:
@@ -175,9 +174,3 @@ def _read_config(path: Path) -> tuple[float, int]:
     if problems:
         raise CheckpointError(problems)
     return scale_of(rank, alpha, bool(values.get("use_rslora"))), rank
-
-
-def _values(entry: TensorEntry) -> np.ndarray:
-    out = np.empty(entry.shape, np.float32)
-    read_tensor(entry, out, NumpyDevice())
-    return out

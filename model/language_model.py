@@ -18,7 +18,6 @@ from model.errors import ConfigError, ContextError, LoadNotice, ModelError
 from model.generate import Generation, Row, run
 from model.graph import GraphDecoder, can_capture
 from model.load import fill, fill_random, locate, plan
-from model.on_disk import OnDisk
 from model.parameters import Parameters
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
 from model.sampling import Sampling
@@ -37,7 +36,6 @@ def load(
     token: str | bool | None = None,
     refresh: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    on_disk: bool = False,
 ) -> "LanguageModel":
     """Loads a GPT-2 checkpoint in Hugging Face layout.
 
@@ -54,7 +52,6 @@ def load(
         cache_dir, local_files_only, token: as in `huggingface_hub`.
         refresh: ask the Hub for a newer commit although the model is in the cache.
         progress: called with the bytes read and the bytes to read.
-        on_disk: leave the weights in their files: the model can then be trained in shards, and nothing else.
 
     Returns:
         The model. What its user should know is in `notices`, and issued as `LoadNotice` warnings.
@@ -78,10 +75,7 @@ def load(
     planned = plan(path)
     tokenizer = Tokenizer.from_folder(planned.folder)
     eos = generation_eos(planned.folder)
-    stored = choose_dtype(dtype, place, planned.stored)
-    parameters, overflows = (
-        (OnDisk(planned, place.name, stored), []) if on_disk else fill(planned, place, stored, progress)
-    )
+    parameters, overflows = fill(planned, place, choose_dtype(dtype, place, planned.stored), progress)
     notices = planned.notices + overflows
     if tokenizer is not None:
         notices += vocabulary_notices(tokenizer, planned.config.vocab_size)

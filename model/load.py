@@ -214,18 +214,6 @@ def fill(
     return parameters, notices
 
 
-def read_tensor(entry: TensorEntry, out, device: Device) -> int:
-    """Reads one tensor into `out`, in the file's orientation; returns how many values overflowed.
-
-    Raises CheckpointError where the file cannot be read.
-    """
-    try:
-        with open(entry.path, "rb", buffering=0) as file:
-            return _read(file, entry, out, device, memoryview(bytearray(_CHUNK)))
-    except OSError as fault:
-        raise CheckpointError(f"{entry.path}: cannot be read: {fault.strerror}") from None
-
-
 def _read(file: BinaryIO, entry: TensorEntry, out, device: Device, scratch: memoryview) -> int:
     """Reads one tensor into `out`, in the file's orientation; returns how many values overflowed."""
     stored = FORMATS[entry.dtype]

@@ -39,6 +39,7 @@ import json, os, sys, numpy as np, torch, model
 from model import gpt2
 from model.finetune.distributed import joined, local
 from model.finetune.train import Trainer
+from model.on_disk import load_on_disk
 
 init, attention, held = Trainer.__init__, gpt2.attention, {}
 
@@ -62,7 +63,7 @@ Trainer.__init__, gpt2.attention = watched, counted
 folder, out, runs = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 with joined(torch.device("cpu")):
     for name, options in runs:
-        lm = model.load(f"{folder}/model", device="cpu", on_disk=name.startswith("shards"))
+        lm = (load_on_disk if name.startswith("shards") else model.load)(f"{folder}/model", device="cpu")
         print(f"run {name}", file=sys.stderr)
         lm.finetune(np.load(f"{folder}/data.npy"), out=f"{out}/{name}", **options)
         if not name.startswith("shards"):

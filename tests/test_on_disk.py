@@ -8,6 +8,7 @@ import model
 from model.config import GPT2Config
 from model.finetune import sharding
 from model.finetune.distributed import World
+from model.on_disk import load_on_disk
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 
@@ -15,7 +16,7 @@ CONFIG = GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_each_weight_is_that_of_the_loaded_model(tmp_path, dtype):
     model.from_config(CONFIG, seed=3, device="cpu", dtype=dtype).save(tmp_path)
-    unread, loaded = (model.load(tmp_path, device="cpu", on_disk=each).parameters for each in (True, False))
+    unread, loaded = (load(tmp_path, device="cpu").parameters for load in (load_on_disk, model.load))
     assert list(unread) == list(loaded)
     assert len(unread) == len(loaded)
     for name, array in loaded.items():
@@ -29,7 +30,7 @@ def test_each_weight_is_that_of_the_loaded_model(tmp_path, dtype):
 @pytest.fixture
 def lm(tmp_path):
     model.from_config(CONFIG, seed=3, device="cpu").save(tmp_path / "model")
-    return model.load(tmp_path / "model", device="cpu", on_disk=True)
+    return load_on_disk(tmp_path / "model", device="cpu")
 
 
 def test_it_can_be_trained_in_shards_and_not_run(lm, tmp_path):

@@ -13,6 +13,7 @@ from model.device import why_no_cuda
 from model.finetune.settings import Settings
 from model.language_model import load
 from model.load import BUNDLED
+from model.on_disk import load_on_disk
 
 #: The defaults live once.
 _D = Settings()
@@ -143,14 +144,13 @@ def finetune(
     on_cpu = device == "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    lm = load(
+    lm = (load_on_disk if fsdp else load)(
         model,
         device=device,
         dtype="float32" if on_cpu else dtype,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
-        on_disk=fsdp,
     )
     console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
     for notice in lm.notices:
