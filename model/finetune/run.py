@@ -64,35 +64,19 @@ def finetune(
         if not world.leads:
             console = Console(quiet=True)
 
-        lora = settings.lora
-        if lora is None:
-            chosen = select(list(parameters), settings.freeze, settings.unfreeze, settings.layers)
-        else:
-            layers = lora.layers(products(lm.config))
+        chosen = _chosen(lm, settings)
         train, validation = (pack(part, context) for part in _documents(lm, dataset, validation_data, settings))
         dtype = parameters.dtype if device.type == "cuda" else "float32"
         dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
-        if settings.fsdp:
-            from model.finetune.sharding import outline, shard  # not every torch has it
-
-        arrays = outline(parameters.slots.values()) if settings.fsdp else parameters
-        network = Network(arrays, lm.config, dtype=dtype, recompute=settings.recompute)
-        if lora is None:
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(name in chosen)
-        else:
-            attach(network, layers, lora)
-            chosen = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-        if settings.fsdp:
-            shard(network, world, device)
-            fill(network, parameters.items(), world)
-        fill(network, first_values(network, settings.seed), world)
+        network = _network(lm, settings, chosen, dtype, device, world)
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-        console.print(table(sizes, chosen, tied="head.weight" not in parameters))
+        console.print(table(sizes, trained, tied="head.weight" not in parameters))
 
         def write() -> None:
             if settings.keep_adapter:
                 base = None if lm._folder is None else str(lm._folder)
+                lora = settings.lora
                 options = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "base": base}
                 made = adapters(network)
                 if world.leads:
@@ -157,6 +141,40 @@ def _documents(
         if (name == "training" or wanted) and not any(each.wanted[1:].any() for each in documents):
             raise DataError(f"{name}: no document has a token that follows another: there is nothing to predict")
     return train, validation
+
+
+def _chosen(lm: "LanguageModel", settings: Settings) -> set[str] | list[str]:
+    """The parameters that train, or the layers that have adapters."""
+    if settings.lora is not None:
+        return settings.lora.layers(products(lm.config))
+    return select(list(lm.parameters), settings.freeze, settings.unfreeze, settings.layers)
+
+
+def _network(
+    lm: "LanguageModel",
+    settings: Settings,
+    chosen: set[str] | list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    world: World,
+) -> Network:
+    """The model as it trains: with `requires_grad` of what is chosen, with adapters, in shards."""
+    arrays = lm.parameters
+    if settings.fsdp:
+        from model.finetune.sharding import outline, shard  # not every torch has it
+
+        arrays = outline(lm.parameters.slots.values())
+    network = Network(arrays, lm.config, dtype=dtype, recompute=settings.recompute)
+    if settings.lora is not None:
+        attach(network, chosen, settings.lora)
+    else:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in chosen)
+    if settings.fsdp:
+        shard(network, world, device)
+        fill(network, lm.parameters.items(), world)
+    fill(network, first_values(network, settings.seed), world)
+    return network
 
 
 def _started(

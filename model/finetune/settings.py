@@ -43,6 +43,9 @@ class Settings:
     What trains:
         freeze, unfreeze: patterns of parameter names ("blocks.0.*"). layers: a range of blocks ("2-5"). See
             `trainable.select`.
+        lora_rank: adapters of this rank train, and not the weights. lora_alpha, lora_targets, lora_rank_stabilized:
+            see `lora.Lora`.
+        keep_adapter: write the adapter in PEFT's layout; else it is merged into the model that is written.
 
     Evaluation:
         evaluate_every: optimizer steps between evaluations; None: an epoch. The best weights are kept.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.errors import TrainingError
@@ -173,7 +174,7 @@ class Trainer:
         targets = 0
         with torch.no_grad():
             for start in range(0, count, self.validation.whole):
-                numbers = torch.arange(start, min(count, start + self.validation.whole)).numpy()
+                numbers = np.arange(start, min(count, start + self.validation.whole))
                 targets += self.validation.targets(numbers)
                 for batch in self.validation.passes(numbers, self.device):
                     total += self.network(*batch)
