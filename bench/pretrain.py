@@ -30,15 +30,15 @@ PASSES, WINDOW = 7, 512
 #: Of `lm.finetune`. AdamW at the rates usual for models of this size; decay of matrices, the tables among them.
 OPTIONS = {
     "epochs": 1,
-    "batch_size": 8,
+    "batch_size": 4,
     "learning_rate": 2e-3,
     "schedule": "cosine",
-    "warmup": 60,
+    "warmup": 100,
     "floor": 4e-5,
     "weight_decay": 0.1,
     "betas": (0.9, 0.97),
     "clip": 1.0,
-    "evaluate_every": 100,
+    "evaluate_every": 200,
     "seed": 0,
 }
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpukernels.cast import FORMATS, cast
+from gpukernels.cast import FORMATS
 from model import gpt2
-from model.checkpoint import TensorEntry, read_header
+from model.checkpoint import TensorEntry, read_header, read_tensor
 from model.config import GPT2Config
 from model.device import NumpyDevice
 from model.errors import CheckpointError
@@ -103,11 +103,16 @@ def write_adapter(
     for name, adapter in adapters.items():
         tensors[f"{_PREFIX}{modules[name]}.lora_A.weight"] = adapter.a
         tensors[f"{_PREFIX}{modules[name]}.lora_B.weight"] = adapter.b
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def write(path: Path) -> None:
+        write_tensors(path, shapes, tensors.__getitem__, "float32", NumpyDevice())
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(document, indent=2) + "\n"
         replace_file(folder / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
-        replace_file(folder / WEIGHTS_NAME, lambda path: write_tensors(path, tensors, "float32", NumpyDevice()))
+        replace_file(folder / WEIGHTS_NAME, write)
     except OSError as fault:
         raise CheckpointError(f"{fault.filename or folder}: cannot be written: {fault.strerror or fault}") from None
 
@@ -138,7 +143,7 @@ def read_adapter(folder: Path, config: GPT2Config) -> dict[str, LowRank]:
         problems.append(f"{weights}: there is no adapter in it")
     if problems:
         raise CheckpointError(problems)
-    return {name: LowRank(_values(each["A"]), _values(each["B"]), scale) for name, each in found.items()}
+    return {name: LowRank(read_tensor(each["A"]), read_tensor(each["B"]), scale) for name, each in found.items()}
 
 
 def merge(parameters: Parameters, adapters: Mapping[str, LowRank]) -> None:
@@ -169,17 +174,3 @@ def _read_config(path: Path) -> tuple[float, int]:
     if problems:
         raise CheckpointError(problems)
     return scale_of(rank, alpha, bool(values.get("use_rslora"))), rank
-
-
-def _values(entry: TensorEntry) -> np.ndarray:
-    try:
-        with open(entry.path, "rb") as file:
-            file.seek(entry.offset)
-            raw = file.read(entry.nbytes)
-    except OSError as fault:
-        raise CheckpointError(f"{entry.path}: cannot be read: {fault.strerror}") from None
-    if len(raw) != entry.nbytes:
-        raise CheckpointError(f"{entry.path}: ended inside tensor {entry.name}: the file changed while it was read")
-    out = np.empty(entry.shape, np.float32)
-    cast(np.frombuffer(raw, FORMATS[entry.dtype]), entry.dtype, out)
-    return out

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from gpukernels.cast import FORMATS, cast
 from model.errors import CheckpointError
 from model.files import AGAIN, CONVERT, disguise, json_fault, read_json
 
@@ -163,6 +166,24 @@ def read_header(path: Path) -> list[TensorEntry]:
         if isinstance(fault, CheckpointError):
             raise
         raise CheckpointError(f"{path}: the header is damaged: {json_fault(fault)}; {AGAIN}") from None
+
+
+def read_tensor(entry: TensorEntry) -> np.ndarray:
+    """The values of one tensor of a dtype in `FORMATS`, in memory of their own, widened to float32.
+
+    Raises CheckpointError where the file cannot be read.
+    """
+    try:
+        with open(entry.path, "rb") as file:
+            file.seek(entry.offset)
+            raw = file.read(entry.nbytes)
+    except OSError as fault:
+        raise CheckpointError(f"{entry.path}: cannot be read: {fault.strerror}") from None
+    if len(raw) != entry.nbytes:
+        raise CheckpointError(f"{entry.path}: ended inside tensor {entry.name}: the file changed while it was read")
+    out = np.empty(entry.shape, np.float32)
+    cast(np.frombuffer(raw, FORMATS[entry.dtype]), entry.dtype, out)
+    return out
 
 
 def _what_it_is(start: bytes, length: int, size: int) -> str:

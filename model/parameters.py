@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 from model.device import Device
 
@@ -51,9 +52,7 @@ class Parameters(MutableMapping):
         self.slots = {slot.name: slot for slot in slots}
         self.device, self.dtype = device, dtype
         self.activation_dtype = device.activation_dtype(dtype)
-        self.root: dict = {}
         self.padded: dict = {}
-        self.blocks: list[dict] = []
         self._arrays = {}
         # One allocation: the whole of it lies in the system's large pages, which reading it through needs.
         sizes = padded_sizes(self.slots.values())
@@ -64,14 +63,7 @@ class Parameters(MutableMapping):
                 memory[start + slot.size : start + size] = 0
                 self.padded[slot.name] = memory[start : start + math.prod(slot.padded_shape)].reshape(slot.padded_shape)
             self._arrays[slot.name], start = array, start + size
-            group, _, short = slot.name.partition(".")
-            if group != "blocks":
-                self.root[slot.name] = array
-                continue
-            layer, _, short = short.partition(".")
-            while len(self.blocks) <= int(layer):
-                self.blocks.append({})
-            self.blocks[int(layer)][short] = array
+        self.root, self.blocks = grouped(self._arrays.items())
 
     @property
     def count(self) -> int:
@@ -108,3 +100,19 @@ class Parameters(MutableMapping):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+
+def grouped(named: Iterable[tuple[str, Any]]) -> tuple[dict, list[dict]]:
+    """What is outside the blocks by its name, and for each block what is in it by its short name ("qkv.weight")."""
+    root: dict = {}
+    blocks: list[dict] = []
+    for name, array in named:
+        group, _, short = name.partition(".")
+        if group != "blocks":
+            root[name] = array
+            continue
+        layer, _, short = short.partition(".")
+        while len(blocks) <= int(layer):
+            blocks.append({})
+        blocks[int(layer)][short] = array
+    return root, blocks

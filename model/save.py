@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def save(
         raise CheckpointError(f"{place}: is not a folder")
     if weights.is_dir():
         raise CheckpointError(f"{weights}: is a folder")
-    document = _config_json(config, parameters, values)
+    document, device = _config_json(config, parameters, values), parameters.device
     beside = place / "config.json"
     if single and beside.exists() and read_json(beside) != document:
         raise CheckpointError(f"{beside}: belongs to another model; save {target.name} into a folder of its own")
@@ -77,7 +77,7 @@ def save(
                 replace_file(place / name, lambda path, source=source: shutil.copyfile(source, path))
         if tokenizer is not None and not (place / "tokenizer.json").exists():
             replace_file(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
-        replace_file(weights, lambda path: _write_weights(path, parameters))
+        replace_file(weights, lambda path: _write_weights(path, parameters, device))
         if not single:
             # transformers prefers the single file, but other readers may take an older index first.
             (place / INDEX_NAME).unlink(missing_ok=True)
@@ -94,29 +94,40 @@ def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, A
     return document
 
 
-def _write_weights(path: Path, parameters: Parameters) -> None:
-    def stored(slot: Slot) -> tuple[str, Any]:
-        array = parameters[slot.name]
-        name = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
-        return name, array.T if slot.transposed else array
+def _write_weights(path: Path, parameters: Parameters, device: Device) -> None:
+    def name(slot: Slot) -> str:
+        return slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
 
-    write_tensors(path, dict(map(stored, parameters.slots.values())), parameters.dtype, parameters.device)
+    slots = {name(slot): slot for slot in parameters.slots.values()}
+
+    def read(stored: str) -> Any:
+        array = parameters[slots[stored].name]
+        return array.T if slots[stored].transposed else array
+
+    shapes = {stored: slot.stored_shape for stored, slot in slots.items()}
+    write_tensors(path, shapes, read, parameters.dtype, device)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], dtype: str, device: Device) -> None:
-    """A safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once."""
+def write_tensors(
+    path: Path, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Any], dtype: str, device: Device
+) -> None:
+    """A safetensors file, tensor by tensor: `safetensors` itself wants all of them ready in memory at once.
+
+    `read` is asked for each tensor of `shapes` once, in order, and gives it in `dtype` on `device`.
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, array in tensors.items():
-        start, end = end, end + math.prod(array.shape) * WIDTHS[dtype]
-        header[name] = {"dtype": _FORMATS[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * WIDTHS[dtype]
+        header[name] = {"dtype": _FORMATS[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for array in tensors.values():
-            rows = max(1, _CHUNK // max(1, array.nbytes // array.shape[0]))
-            for first in range(0, array.shape[0], rows):
+        for name, shape in shapes.items():
+            array = read(name)
+            rows = max(1, _CHUNK // max(1, math.prod(shape[1:]) * WIDTHS[dtype]))
+            for first in range(0, shape[0], rows):
                 file.write(device.to_bytes(array[first : first + rows]))
     # The format's own library has the last word before the file takes its name.
     with safe_open(str(path), "numpy") as written:

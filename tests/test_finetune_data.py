@@ -182,6 +182,7 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     assert "not an array of token ids" in answer(file("a.npy", b"\x93NUMPY\x01"), tokenizer)
     assert "separator" in answer(file("a.jsonl", b"{}"), tokenizer, separator="\n")
     assert "separator" in answer(file("a.txt", b"a"), tokenizer, separator="")
+    assert r"separator '\\n' does not occur in it" in answer(file("a.txt", b"a\nb"), tokenizer, separator=r"\n")
 
 
 def test_arrays_that_are_no_token_ids(tokenizer, tmp_path):

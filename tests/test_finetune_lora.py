@@ -18,7 +18,8 @@ from model.adapter import LowRank, merge, products, read_adapter, write_adapter
 from model.cli.app import main
 from model.config import GPT2Config
 from model.errors import CheckpointError, ModelError
-from model.finetune.adapters import adapters, attach
+from model.finetune.adapters import adapters, attach, first_values
+from model.finetune.distributed import World, fill
 from model.finetune.lora import Lora
 from model.finetune.modules import Network
 from model.load import locate
@@ -43,7 +44,8 @@ def network(folder, lora, seed=0):
     lm = model.load(folder, device=torch.device("cpu"))
     made = Network(lm.parameters, lm.config)
     layers = lora.layers(products(lm.config))
-    attach(made, layers, lora, seed)
+    attach(made, layers, lora)
+    fill(made, first_values(made, seed), World())
     return made, layers
 
 
@@ -120,7 +122,8 @@ def test_an_adapter_loaded_into_ours_and_merged_weights_agree_with_peft(folder, 
     before = lm.logits(IDS)
     lm.load_adapter(tmp_path)
     assert np.abs(lm.logits(IDS) - want).max() < 1e-4 < np.abs(before - want).max()
-    for name, weight in made.weights().items():
+    for name in lm.parameters:
+        weight = made.weight(name)
         assert weight.shape == lm.parameters[name].shape
         # One sum of rank products and a weight, of numbers below 2.
         assert np.abs(weight.numpy() - lm.parameters[name]).max() <= 8 * 2**-23

@@ -11,10 +11,11 @@ from processes import ROOT, launch
 from rich.console import Console
 
 import model
+from model import gpt2
 from model.config import GPT2Config
 from model.finetune.log import read
 
-CONFIG = GPT2Config(vocab_size=83, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+CONFIG = GPT2Config(vocab_size=83, n_positions=16, n_embd=32, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0)
 
 # Documents that count up, which is learned in a few steps, of 3 to 40 tokens in windows of 16: passes are ragged,
 # and in the last step of an epoch a rank has nothing.
@@ -32,21 +33,52 @@ OPTIONS = {
 }
 
 #: Several runs in the same processes, for starting those takes longer than any run.
+#: Half-way through a block, forward and backward, it is counted how many numbers of the model this rank has.
 TRAIN = """
-import sys, numpy as np, torch, model
-from model.finetune.distributed import joined
+import json, os, sys, numpy as np, torch, model
+from model import gpt2
+from model.finetune.distributed import joined, local
+from model.finetune.train import Trainer
+from model.on_disk import load_on_disk
+
+init, attention, held = Trainer.__init__, gpt2.attention, {}
+
+def watched(self, network, *args, **options):
+    global watching
+    watching = network
+    init(self, network, *args, **options)
+
+def count(_=None):
+    now = sum(local(each.detach()).numel() for each in watching.parameters())
+    held[name] = max(held.get(name, 0), now)
+
+def counted(*args, **options):
+    count()
+    y = attention(*args, **options)
+    if y.requires_grad:
+        y.register_hook(count)
+    return y
+
+Trainer.__init__, gpt2.attention = watched, counted
 folder, out, runs = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 with joined(torch.device("cpu")):
     for name, options in runs:
-        lm = model.load(f"{folder}/model", device="cpu")
+        lm = (load_on_disk if name.startswith("shards") else model.load)(f"{folder}/model", device="cpu")
         print(f"run {name}", file=sys.stderr)
         lm.finetune(np.load(f"{folder}/data.npy"), out=f"{out}/{name}", **options)
+        if not name.startswith("shards"):
+            saved = model.load(f"{out}/{name}", device="cpu").parameters
+            assert all((lm.parameters[key] == saved[key]).all() for key in saved), "the model is not what was saved"
+with open(f"{out}/held-{os.environ['RANK']}.json", "w") as file:
+    json.dump(held, file)
 """
 
 KINDS = {
     "plain": {"batch_size": 2},
     "accumulating": {"batch_size": 1, "accumulate": 3},
     "adapters": {"batch_size": 2, "lora_rank": 4, "lora_targets": ["qkv", "up"], "recompute": True},
+    "shards": {"batch_size": 1, "accumulate": 2, "fsdp": True},
+    "shards of adapters": {"batch_size": 2, "lora_rank": 4, "lora_targets": ["down"], "recompute": True, "fsdp": True},
 }
 
 
@@ -67,8 +99,8 @@ def run_one(folder, out, **options):
 def two(folder):
     """The runs of two processes, and what each rank said."""
     runs = [(name, OPTIONS | options) for name, options in KINDS.items()]
-    runs.append(("parts", OPTIONS | KINDS["plain"] | {"max_time": 1e-9}))
-    runs.append(("parts", OPTIONS | KINDS["plain"] | {"resume": True}))
+    for name, kind in (("parts", "plain"), ("parts of shards", "shards")):
+        runs += [(name, OPTIONS | KINDS[kind] | more) for more in ({"max_time": 1e-9}, {"resume": True})]
     found = launch(TRAIN, folder, folder / "two", runs)
     for code, said in found:
         assert code == 0, said
@@ -78,7 +110,7 @@ def two(folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_with_the_doubled_batch(folder, two, tmp_path, kind):
     options = KINDS[kind]
-    run_one(folder, tmp_path / "one", **{**options, "batch_size": 2 * options["batch_size"]})
+    run_one(folder, tmp_path / "one", **{**options, "batch_size": 2 * options["batch_size"], "fsdp": False})
     ours, wanted = two[0] / kind, tmp_path / "one"
     records = list(zip(read(ours / "log.jsonl"), read(wanted / "log.jsonl"), strict=True))
     assert len(records) > 10
@@ -97,15 +129,29 @@ def test_two_processes_are_one_with_the_doubled_batch(folder, two, tmp_path, kin
     assert moved > 100 * apart
 
 
-def test_two_processes_go_on_where_they_stopped(two):
-    whole, parts = (model.load(two[0] / name, device="cpu").parameters for name in ("plain", "parts"))
+@pytest.mark.parametrize("kinds", [("plain", "parts"), ("shards", "parts of shards")])
+def test_two_processes_go_on_where_they_stopped(two, kinds):
+    whole, parts = (model.load(two[0] / name, device="cpu").parameters for name in kinds)
     assert all((whole[name] == parts[name]).all() for name in whole)
+
+
+def test_no_rank_ever_has_all_parameters_at_once(two):
+    sizes = {slot.name: slot.size for slot in gpt2.slots(CONFIG)}
+    block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
+    for rank in range(2):
+        held = json.loads((two[0] / f"held-{rank}.json").read_text())
+        assert held["plain"] == sum(sizes.values())
+        # The tables, the block that computes and the one that comes next, and half of the two others.
+        assert block < held["shards"] <= sum(sizes.values()) - block
+        assert held["shards of adapters"] < held["adapters"] - block / 2
 
 
 def test_rank_0_alone_writes_and_prints(two):
     out, (leader, other) = two
     assert leader.count("validation loss") > 10
-    assert [line for line in other.splitlines() if line] == [f"run {name}" for name in [*KINDS, "parts", "parts"]]
+    assert [line for line in other.splitlines() if line] == [
+        f"run {name}" for name in [*KINDS, "parts", "parts", "parts of shards", "parts of shards"]
+    ]
     assert sorted(each.name for each in (out / "plain").iterdir()) == [
         "config.json", "log.jsonl", "loss.png", "model.safetensors"]  # fmt: skip
 

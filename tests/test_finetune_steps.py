@@ -341,6 +341,17 @@ def test_evaluation_is_the_mean_over_targets(lm):
     assert abs(run.evaluate() - (run.network(*tokens) / (windows.targets != IGNORE).sum()).item()) <= 1e-12
 
 
+def test_windows_of_one_document_need_no_mask(lm):
+    run = trainer(lm, documents(14), batch_size=20)
+    whole = [finetuning.Document(row, np.ones(CONTEXT, bool)) for row in rows(4)]
+    alone = trainer(lm, whole, batch_size=4)
+    for each, masked in ((run, True), (alone, False)):
+        ((*_, numbers),) = each.train.passes(np.arange(len(each.train.windows.tokens)), torch.device("cpu"))
+        assert (numbers is not None) == masked
+    windows = [torch.from_numpy(each) for each in alone.train.windows]
+    assert torch.equal(alone.network(*windows), alone.network(*windows[:3]))
+
+
 def test_the_order_is_the_seeds(lm):
     train = documents(40)
     batches = [Batches(pack(train, CONTEXT), 4, 1, seed, World()) for seed in (0, 0, 1)]

@@ -32,7 +32,9 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     kept = flat != ignore_index
     g = kept.to(rows.dtype) if weights is None else torch.where(kept, weights.detach().reshape(-1).to(rows.dtype), 0)
-    loss = _Sum.apply(rows, weight, flat, g, ignore_index, label_smoothing, z_loss, chunk or _ROWS)
+    differentiated = torch.is_grad_enabled()  # which `needs_input_grad` does not know
+    needs = differentiated and rows.requires_grad, differentiated and weight.requires_grad
+    loss = _Sum.apply(rows, weight, flat, g, ignore_index, label_smoothing, z_loss, chunk or _ROWS, *needs)
     return loss / g.sum() if reduction == "mean" else loss
 
 
@@ -40,8 +42,7 @@ class _Sum(torch.autograd.Function):
     """The sum of g (M,) times the losses; the gradients are made beside them, while the logits are there."""
 
     @staticmethod
-    def forward(ctx, rows, weight, targets, g, ignore_index, label_smoothing, z_loss, chunk):
-        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+    def forward(ctx, rows, weight, targets, g, ignore_index, label_smoothing, z_loss, chunk, needs_rows, needs_weight):
         drows = torch.empty_like(rows) if needs_rows else None
         dweight = torch.zeros_like(weight) if needs_weight else None
         loss = rows.new_zeros(())
@@ -76,4 +77,4 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss):
         drows, dweight = (None if each is None else each * dloss for each in ctx.saved_tensors)
-        return drows, dweight, None, None, None, None, None, None
+        return drows, dweight, *([None] * 8)

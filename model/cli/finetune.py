@@ -13,6 +13,7 @@ from model.device import why_no_cuda
 from model.finetune.settings import Settings
 from model.load import BUNDLED
 from model.loading import load
+from model.on_disk import load_on_disk
 
 #: The defaults live once.
 _D = Settings()
@@ -85,6 +86,9 @@ def finetune(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints, besides every evaluation's.", show_default=False)
     ] = None,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Under torchrun: each process keeps a part of the model (FSDP2).")
+    ] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more work.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or auto.")] = _D.dtype,
@@ -130,6 +134,7 @@ def finetune(
         "evaluate_every": evaluate_every,
         "patience": patience,
         "save_every": save_every,
+        "fsdp": fsdp,
         "recompute": recompute,
         "dtype": dtype,
     }
@@ -139,7 +144,7 @@ def finetune(
     on_cpu = device == "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    lm = load(
+    lm = (load_on_disk if fsdp else load)(
         model,
         device=device,
         dtype="float32" if on_cpu else dtype,

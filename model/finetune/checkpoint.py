@@ -3,7 +3,8 @@
     OUT/                         the model so far in Hugging Face layout: the best, or without validation the last
     OUT/log.jsonl                a line for each step and evaluation
     OUT/checkpoint-120/          after step 120
-        training.safetensors     exact weights, both moments, and the best weights, float32, by parameter
+        training.safetensors     exact weights, both moments, and the best weights, float32, by parameter; where they
+                                 are sharded those of rank 0, beside training-1.safetensors and so on
         training.json            counters, loss scale, position in the data, settings, and what it was started with
 
 Every order of windows follows from the seed and the epoch, and nothing else is drawn while a run goes on: the
@@ -28,30 +29,36 @@ from model.checkpoint import WEIGHTS_NAME
 from model.device import TorchDevice
 from model.errors import CheckpointError, TrainingError
 from model.files import read_json
+from model.finetune.distributed import World
+from model.finetune.modules import Network
 from model.parameters import Slot
 from model.save import write_tensors
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-_TENSORS, _DOCUMENT = "training.safetensors", "training.json"
+_DOCUMENT = "training.json"
+_ALONE = World()
 VERSION = 1
 
 
 class Weights(Mapping):
-    """Tensors by the model's names, as `model.save` reads a model's parameters."""
+    """The weights of a network as `model.save` reads a model's parameters: each made when it is asked for."""
 
-    def __init__(self, slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]):
-        self.slots, self._tensors = slots, tensors
-        first = next(iter(tensors.values()))
+    def __init__(self, slots: Mapping[str, Slot], network: Network):
+        self.slots, self._network = slots, network
+        first = network.tokens.weight
         self.device, self.dtype = TorchDevice(first.device), str(first.dtype).removeprefix("torch.")
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
+        return self._network.weight(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.slots
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.slots)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.slots)
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -75,39 +82,61 @@ def newest(out: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def write(out: Path, step: int, tensors: Mapping[str, torch.Tensor], document: Mapping[str, Any]) -> None:
+def write(
+    out: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    document: Mapping[str, Any],
+    world: World = _ALONE,
+) -> None:
     """Writes the checkpoint of a step, then drops the older ones.
 
-    The folder is filled under another name, synced and renamed: a kill or a full disk at any moment leaves the
-    checkpoint before it whole. Raises CheckpointError where it cannot be written.
+    Each rank of `world` calls it with tensors of its own. The folder is filled under another name, synced and
+    renamed: a kill or a full disk at any moment leaves the checkpoint before it whole. Raises CheckpointError
+    where it cannot be written.
     """
     folder = out / f"checkpoint-{step}"
     if folder.exists():  # resumed, and stopped again before the next step
         return
     temporary = out / f".{folder.name}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        if world.leads:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        world.wait()
+        path = temporary / _file(world)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
         device = TorchDevice(next(iter(tensors.values())).device)
-        write_tensors(temporary / _TENSORS, tensors, "float32", device)
-        text = json.dumps(document, indent=1, allow_nan=False)
-        (temporary / _DOCUMENT).write_text(text + "\n", encoding="utf-8")
-        for path in (temporary / _TENSORS, temporary / _DOCUMENT, temporary):
-            _sync(path)
-        os.rename(temporary, folder)
-        _sync(out)
+        write_tensors(path, shapes, tensors.__getitem__, "float32", device)
+        _sync(path)
+        world.wait()
+        if world.leads:
+            text = json.dumps(document, indent=1, allow_nan=False)
+            (temporary / _DOCUMENT).write_text(text + "\n", encoding="utf-8")
+            for path in (temporary / _DOCUMENT, temporary):
+                _sync(path)
+            os.rename(temporary, folder)
+            _sync(out)
+        world.wait()
     except OSError as fault:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot be written: {fault.strerror or fault}") from None
-    drop(out, but=folder)
+    if world.leads:
+        drop(out, but=folder)
 
 
 def drop(out: Path, but: Path | None = None) -> None:
     """Removes the checkpoints but one, and what a kill left half-written."""
-    for path in out.iterdir():
+    for path in list(out.iterdir()):
         name = path.name.removeprefix(".").removesuffix(".tmp")
-        if path != but and _FOLDER.fullmatch(name):
-            shutil.rmtree(path, ignore_errors=True)
+        if path == but or not _FOLDER.fullmatch(name):
+            continue
+        # Under a name that is no checkpoint's: a kill meanwhile leaves none that is half there.
+        doomed = out / f".{name}.tmp"
+        if path != doomed:
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_document(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,9 +160,9 @@ def _differences(started: Mapping[str, Any], wanted: Mapping[str, Any], group: s
             yield f"the run was started with {group}{name} {then!r}, not {now!r}"
 
 
-def read_tensors(folder: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, wanted: Mapping[str, torch.Tensor], world: World = _ALONE) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint on the CPU: those of `wanted`, and whatever "best/..." there is."""
-    path = folder / _TENSORS
+    path = folder / _file(world)
     try:
         with safe_open(str(path), "pt") as file:
             names = [name for name in file.keys() if name in wanted or name.startswith("best/")]  # noqa: SIM118
@@ -145,6 +174,10 @@ def read_tensors(folder: Path, wanted: Mapping[str, torch.Tensor]) -> dict[str, 
             shape = tuple(found[name].shape) if name in found else "missing"
             raise CheckpointError(f"{path}: {name} must be {tuple(tensor.shape)}, and is {shape}")
     return found
+
+
+def _file(world: World) -> str:
+    return f"training-{world.rank}.safetensors" if world.rank else "training.safetensors"
 
 
 def fingerprint(arrays: Iterable[Any]) -> str:

@@ -81,7 +81,10 @@ def read_documents(
     if kind == ".jsonl":
         texts = parse_lines(name, _read_text(path), mask_prompt)
     elif kind == ".txt":
-        pieces = [_read_text(path)] if separator is None else _read_text(path).split(separator)
+        text = _read_text(path)
+        if separator is not None and separator not in text:
+            raise DataError(f"{name}: the separator {separator!r} does not occur in it")
+        pieces = [text] if separator is None else text.split(separator)
         texts = [(name, [Part(each, True, True)]) for each in pieces if each.strip()]
     elif path is not None:
         raise DataError(f"{name}: must be .txt, .jsonl or .npy")

@@ -5,10 +5,11 @@ rank divides its losses by the number of targets of the whole batch, which it ca
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 #: How long a rank waits for another that says nothing.
 PATIENCE = timedelta(minutes=10)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a tensor: of one that is sharded its rows, in the same memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor; of one that is sharded it is gathered, for which every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,14 @@ class World:
         """The network as DistributedDataParallel: its gradients are the sums over all ranks."""
         if self.size == 1:
             return network
+
+        # DistributedDataParallel's own hook would divide by the number of ranks.
+        def add(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+            return done.then(lambda future: future.value()[0])
+
         wrapped = DistributedDataParallel(network)
-        wrapped.register_comm_hook(None, _add_gradients)
+        wrapped.register_comm_hook(None, add)
         return wrapped
 
     def wait(self) -> None:
@@ -84,7 +101,12 @@ def joined(device: torch.device) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _add_gradients(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DistributedDataParallel's own hook would divide by the number of ranks."""
-    done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return done.then(lambda future: future.value()[0])
+def fill(network: nn.Module, values: Iterable[tuple[str, Any]], world: World) -> None:
+    """Gives parameters their values, one after the other: whole arrays of NumPy or torch."""
+    parameters = dict(network.named_parameters())
+    for name, value in values:
+        mine = local(parameters[name].detach())
+        if mine.shape != value.shape:
+            rows = -(-len(value) // world.size)  # as torch.chunk, and so FSDP2, splits
+            value = value[rows * world.rank :][:rows]
+        mine.copy_(torch.as_tensor(value))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import gpt2
 from model.config import GPT2Config
+from model.finetune.distributed import whole
 from model.parameters import Parameters
 
 
@@ -106,9 +107,11 @@ class Network(Layers):
                 x = block(x, documents)
         return gpt2.loss(self, self.config, x, targets)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters by the model's names, adapters merged into them."""
-        found = self.arrays()
-        for number, block in enumerate(self.blocks):
-            found |= {f"blocks.{number}.{name}": array for name, array in block.arrays().items()}
-        return {name: array.detach() for name, array in found.items()}
+    def weight(self, name: str) -> torch.Tensor:
+        """A parameter by the model's name, with its adapter merged into it: whole, for which every rank must ask."""
+        path, _, short = name.rpartition(".")
+        layer = self.get_submodule(path)
+        found = whole(getattr(layer, short))
+        if short == "weight" and layer.adapter is not None:
+            found = layer.adapter.merged(found)
+        return found.detach()

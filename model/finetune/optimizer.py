@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gpukernels import adamw
+from model.finetune.distributed import local
 
 _ALIGNMENT = 64  # elements: every parameter begins where wide loads may
 _PIECE = 2**17  # elements of an update on the CPU
@@ -49,7 +50,7 @@ class Optimizer:
 
     Args:
         named: the parameters that train, all of one dtype and device. Each is moved into the buffer, where its
-            value and its gradient then are.
+            value and its gradient then are. Of those that are sharded, this rank's rows are.
         betas, eps, weight_decay: see `gpukernels.adamw`; biases and norms do not decay.
         accumulates: several backward passes make one gradient: of a 16-bit model it is summed in float32.
 
@@ -71,10 +72,12 @@ class Optimizer:
         self.places: dict[str, tuple[int, torch.Size]] = {}
         end = self.decayed = 0
         for name, parameter in named:
-            self.places[name] = end, parameter.shape
-            end += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+            self.places[name] = end, (shape := local(parameter.detach()).shape)
+            end += -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
             if parameter.ndim >= 2:
                 self.decayed = end
+
+        self.shards: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def zeros(dtype):
             return torch.zeros(end, dtype=dtype, device=first.device)
@@ -83,9 +86,18 @@ class Optimizer:
         self.parameter, self.gradient = zeros(first.dtype), zeros(first.dtype)
         self.first_moment, self.second_moment = zeros(wide), zeros(wide)
         for name, parameter in named:
-            view = self.view(self.parameter, name)
-            view.copy_(parameter.detach())
-            parameter.data, parameter.grad = view, self.view(self.gradient, name)
+            view, gradient, here = self.view(self.parameter, name), self.view(self.gradient, name), parameter.detach()
+            view.copy_(local(here))
+            if local(here) is here:
+                parameter.data, parameter.grad = view, gradient
+                continue
+            # FSDP2 has memory of its own for a shard, and adds to the gradient that is there.
+            from torch.distributed.tensor import DTensor
+
+            self.shards.append((view, local(here)))
+            parameter.grad = DTensor.from_local(
+                gradient, here.device_mesh, here.placements, run_check=False, shape=here.shape, stride=here.stride()
+            )
         narrow = wide != first.dtype
         self.master = self.parameter.to(wide) if narrow else None
         self.total = zeros(wide) if narrow and accumulates else None
@@ -122,8 +134,8 @@ class Optimizer:
         """One update; the gradient is multiplied by `scale`, which undoes the loss scale and clips."""
         self.updates += 1
         gradient, wide, device = self.whole, self.first_moment.dtype, self.parameter.device
-        learning_rate = torch.tensor(rate, dtype=wide, device=device)
-        gradient_scale = None if scale == 1.0 else torch.tensor(scale, dtype=wide, device=device)
+        learning_rate = torch.full((), rate, dtype=wide, device=device)
+        gradient_scale = None if scale == 1.0 else torch.full((), scale, dtype=wide, device=device)
         count = len(gradient)
         size = count if device.type == "cuda" else _PIECE
         for start in range(0, count, size):
@@ -140,6 +152,12 @@ class Optimizer:
                 decayed=min(max(self.decayed - start, 0), min(size, count - start)),
                 **self.options,
             )
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Where parameters are sharded, to where they are read from."""
+        for view, shard in self.shards:
+            shard.copy_(view)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """The flat buffers that a checkpoint must hold: exact values and moments."""
@@ -164,6 +182,7 @@ class Optimizer:
         self.buffers()["weight"].copy_(exact)
         if self.master is not None:
             self.parameter.copy_(self.master)
+        self._pass_on()
 
 
 def clipping(norm: float, most: float | None) -> float:

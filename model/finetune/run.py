@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 
 from model.adapter import products, write_adapter
-from model.errors import DataError
+from model.errors import DataError, TrainingError
 from model.finetune import checkpoint
-from model.finetune.adapters import adapters, attach
+from model.finetune.adapters import adapters, attach, first_values
 from model.finetune.batches import Batches
 from model.finetune.data import Document, read_documents, split_documents
-from model.finetune.distributed import World, joined
+from model.finetune.distributed import World, fill, joined
 from model.finetune.flops import flops_per_token, peak_flops
 from model.finetune.log import Log
 from model.finetune.modules import Network
@@ -23,6 +23,7 @@ from model.finetune.settings import Settings
 from model.finetune.trackers import Tracker, check_trackers
 from model.finetune.train import Result, Trainer
 from model.finetune.trainable import select, table
+from model.on_disk import OnDisk
 from model.save import save
 
 if TYPE_CHECKING:
@@ -45,9 +46,16 @@ def finetune(
     context = settings.window(lm.config)
     check_trackers(trackers)
     parameters = lm.parameters
-    array = next(iter(parameters.values()))
-    device = array.device if isinstance(array, torch.Tensor) else torch.device("cpu")
+    if isinstance(parameters, OnDisk):
+        if not settings.fsdp:
+            raise TrainingError("the weights are on disk only, from where fsdp reads them; load the model")
+        device = torch.device(parameters.place)
+    else:
+        array = next(iter(parameters.values()))
+        device = array.device if isinstance(array, torch.Tensor) else torch.device("cpu")
     with joined(device) as world:
+        if settings.fsdp and world.size == 1:
+            raise TrainingError("fsdp shards over several processes: start them with torchrun")
         out = None if out is None else Path(out)
         if out is not None and world.leads:
             checkpoint.check_out(out, resume=resume)
@@ -56,31 +64,28 @@ def finetune(
         if not world.leads:
             console = Console(quiet=True)
 
-        lora = settings.lora
-        if lora is None:
-            chosen = select(list(parameters), settings.freeze, settings.unfreeze, settings.layers)
-        else:
-            layers = lora.layers(products(lm.config))
+        chosen = _chosen(lm, settings)
         train, validation = (pack(part, context) for part in _documents(lm, dataset, validation_data, settings))
         dtype = parameters.dtype if device.type == "cuda" else "float32"
         dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
-        network = Network(parameters, lm.config, dtype=dtype, recompute=settings.recompute)
-        if lora is None:
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(name in chosen)
-        else:
-            attach(network, layers, lora, settings.seed)
-            chosen = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        network = _network(lm, settings, chosen, dtype, device, world)
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-        console.print(table(sizes, chosen, tied="head.weight" not in parameters))
+        console.print(table(sizes, trained, tied="head.weight" not in parameters))
 
         def write() -> None:
             if settings.keep_adapter:
                 base = None if lm._folder is None else str(lm._folder)
+                lora = settings.lora
                 options = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "base": base}
-                write_adapter(out, lm.config, adapters(network), **options)
-            else:
-                _save(lm, out, network.weights())
+                made = adapters(network)
+                if world.leads:
+                    write_adapter(out, lm.config, made, **options)
+            elif world.leads:
+                _save(lm, out, network)
+            else:  # rank 0 asks for every weight once, in this order
+                for name in parameters.slots:
+                    network.weight(name)
 
         trainer = Trainer(
             network,
@@ -106,7 +111,8 @@ def finetune(
             console=console,
         ) as log:
             result = trainer.run(log)
-        _put_back(lm, network.weights())
+        if not isinstance(parameters, OnDisk):
+            _put_back(lm, network)
     return result
 
 
@@ -137,6 +143,40 @@ def _documents(
     return train, validation
 
 
+def _chosen(lm: "LanguageModel", settings: Settings) -> set[str] | list[str]:
+    """The parameters that train, or the layers that have adapters."""
+    if settings.lora is not None:
+        return settings.lora.layers(products(lm.config))
+    return select(list(lm.parameters), settings.freeze, settings.unfreeze, settings.layers)
+
+
+def _network(
+    lm: "LanguageModel",
+    settings: Settings,
+    chosen: set[str] | list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    world: World,
+) -> Network:
+    """The model as it trains: with `requires_grad` of what is chosen, with adapters, in shards."""
+    arrays = lm.parameters
+    if settings.fsdp:
+        from model.finetune.sharding import outline, shard  # not every torch has it
+
+        arrays = outline(lm.parameters.slots.values())
+    network = Network(arrays, lm.config, dtype=dtype, recompute=settings.recompute)
+    if settings.lora is not None:
+        attach(network, chosen, settings.lora)
+    else:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in chosen)
+    if settings.fsdp:
+        shard(network, world, device)
+        fill(network, lm.parameters.items(), world)
+    fill(network, first_values(network, settings.seed), world)
+    return network
+
+
 def _started(
     lm: "LanguageModel", train: Windows, validation: Windows, settings: Settings, world: World
 ) -> dict[str, Any]:
@@ -149,21 +189,21 @@ def _started(
     }
 
 
-def _save(lm: "LanguageModel", out: Path, weights: dict[str, torch.Tensor]) -> None:
+def _save(lm: "LanguageModel", out: Path, network: Network) -> None:
     save(
         out,
         lm.config,
-        checkpoint.Weights(lm.parameters.slots, weights),
+        checkpoint.Weights(lm.parameters.slots, network),
         values=lm._values,
         tokenizer=lm.tokenizer,
         folder=lm._folder,
     )
 
 
-def _put_back(lm: "LanguageModel", weights: dict[str, torch.Tensor]) -> None:
+def _put_back(lm: "LanguageModel", network: Network) -> None:
     """The trained values into the model's own memory, in its own dtype."""
-    for name, tensor in weights.items():
-        array = lm.parameters[name]
+    for name, array in lm.parameters.items():
+        tensor = network.weight(name)
         if isinstance(array, np.ndarray):
             np.copyto(array, tensor.float().numpy(), casting="same_kind")
         else:

@@ -43,6 +43,9 @@ class Settings:
     What trains:
         freeze, unfreeze: patterns of parameter names ("blocks.0.*"). layers: a range of blocks ("2-5"). See
             `trainable.select`.
+        lora_rank: adapters of this rank train, and not the weights. lora_alpha, lora_targets, lora_rank_stabilized:
+            see `lora.Lora`.
+        keep_adapter: write the adapter in PEFT's layout; else it is merged into the model that is written.
 
     Evaluation:
         evaluate_every: optimizer steps between evaluations; None: an epoch. The best weights are kept.
@@ -50,6 +53,7 @@ class Settings:
         save_every: optimizer steps between checkpoints besides those of every evaluation; None: no more.
 
     Memory:
+        fsdp: every process has a part of the parameters, gradients and moments; see `finetune.sharding`.
         recompute: compute each block again for its gradient in place of keeping what it needs.
         dtype: of weights and activations: float32, float16 (with a loss scale), bfloat16; "auto": float32 on the
             CPU and the model's own on CUDA. Below float32 the exact weights are kept in float32 beside them.
@@ -84,6 +88,7 @@ class Settings:
     lora_targets: tuple[str, ...] = ("qkv",)
     lora_rank_stabilized: bool = False
     keep_adapter: bool = False
+    fsdp: bool = False
     recompute: bool = False
     dtype: str = "auto"
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from model.errors import TrainingError
@@ -80,7 +81,7 @@ class Trainer:
         started: what a run that is resumed must have in common with this one.
         out: where checkpoints go; None: nowhere.
         write: writes the network as it is: with the best weights or, without validation, the last, beside each
-            checkpoint and at the end.
+            checkpoint and at the end. Where it is sharded every rank calls it, else rank 0.
     """
 
     def __init__(
@@ -111,7 +112,10 @@ class Trainer:
             self.steps = min(self.steps, settings.max_steps)
         self.rates = settings.rates(self.steps)
         self.every = settings.evaluate_every or train.steps
-        self.module = world.replicate(network)
+        self.module = network if settings.fsdp else world.replicate(network)
+        # Every rank has a part of what a checkpoint holds where it is sharded; else rank 0 has all.
+        self.writers = world if settings.fsdp else World()
+        self.writes = out is not None and (world.leads or settings.fsdp)
         self.progress, self.best, self.loss = Progress(), None, math.nan
 
     # --- the run
@@ -156,7 +160,7 @@ class Trainer:
         for place, batch in enumerate(passes):
             # Gradients that are added up in place cross the network once.
             alone = place + 1 < len(passes) and self.optimizer.total is None
-            with self.module.no_sync() if alone and self.world.size > 1 else nullcontext():
+            with self.module.no_sync() if alone and hasattr(self.module, "no_sync") else nullcontext():
                 loss = self.module(*batch)
                 (loss * factor).backward()
             self.optimizer.collect()
@@ -170,7 +174,7 @@ class Trainer:
         targets = 0
         with torch.no_grad():
             for start in range(0, count, self.validation.whole):
-                numbers = torch.arange(start, min(count, start + self.validation.whole)).numpy()
+                numbers = np.arange(start, min(count, start + self.validation.whole))
                 targets += self.validation.targets(numbers)
                 for batch in self.validation.passes(numbers, self.device):
                     total += self.network(*batch)
@@ -178,9 +182,10 @@ class Trainer:
 
     def _step(self) -> None:
         began, progress = time.monotonic(), self.progress
+        windows = self.train.windows.tokens[self.train.of_step(progress.step)]
         total, targets = self.gradient(progress.step)
         # The one moment in a step in which the host waits for the device.
-        loss, norm = torch.stack([self.world.add(total), self.optimizer.norm().double()]).tolist()
+        loss, norm = torch.stack([self.world.add(total), self._norm()]).tolist()
         self.loss, norm = loss / max(1, targets), norm / self.scale.value
         rate, scale = self.rates(progress.step - progress.skipped), self.scale.value
         finite = math.isfinite(norm)
@@ -204,12 +209,17 @@ class Trainer:
                 "rate": rate,
                 "gradient_norm": norm,
                 "tokens": targets,
-                "tokens_per_second": targets / (time.monotonic() - began),
+                "tokens_per_second": windows.size / (time.monotonic() - began),
                 "memory": self._memory(),
                 "skipped": progress.skipped,
                 "loss_scale": scale,
             }
         )
+
+    def _norm(self) -> torch.Tensor:
+        """The gradient's norm, () float64; of one in shards from the sum of all ranks' squares."""
+        norm = self.optimizer.norm().double()
+        return self.world.add(norm.square()).sqrt() if self.settings.fsdp else norm
 
     def _interruption(self, stop: Stop) -> str | None:
         """Why to stop here, of all ranks: each may have got the signal, or another time, at another step."""
@@ -251,7 +261,7 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint, and the model so far."""
-        if self.out is None or not self.world.leads:
+        if not self.writes:
             return
         tensors = self.optimizer.state()
         if self.best is not None:
@@ -262,7 +272,7 @@ class Trainer:
             "loss_scale": asdict(self.scale),
             "started": self.started,
         }
-        checkpoint.write(self.out, self.progress.step, tensors, document)
+        checkpoint.write(self.out, self.progress.step, tensors, document, self.writers)
         if self.best is None or self.progress.best_step == self.progress.step:
             self.write()
 
@@ -271,7 +281,7 @@ class Trainer:
             self._save()
         if self.best is not None:
             self.optimizer.set(self.best)
-        if self.world.leads and self.write is not None:
+        if self.writes and self.write is not None:
             self.write()
         if self.out is not None and self.world.leads and reason not in ("max_time", "interrupted"):
             checkpoint.drop(self.out)
@@ -280,7 +290,7 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint of a run that was started alike."""
         document = checkpoint.read_document(folder, self.started)
-        tensors = checkpoint.read_tensors(folder, self.optimizer.state())
+        tensors = checkpoint.read_tensors(folder, self.optimizer.state(), self.writers)
         self.progress, self.scale = Progress(**document["progress"]), LossScale(**document["loss_scale"])
         self.optimizer.restore(tensors, self.progress.step - self.progress.skipped)
         if self.progress.best_step is not None:
