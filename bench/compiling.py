@@ -13,7 +13,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from hashlib import sha256
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -31,6 +30,7 @@ def main(
 
     from bench.kernel_cases import CASES, chosen
     from gpukernels.compile_report import CHIPS
+    from model.workloads import WORKLOADS
 
     if capability is None:
         if not torch.cuda.is_available():
@@ -45,7 +45,7 @@ def main(
         _refuse(str(fault))
     tasks = [("case", CASES.index(case), capability) for case in cases]
     if not op:
-        tasks += [("workload", name, capability) for name in _workloads()]
+        tasks += [("workload", name, capability) for name in WORKLOADS]
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
@@ -62,27 +62,17 @@ def main(
         sys.exit(1)
 
 
-def _workloads() -> list[str]:
-    """Names of the steps that `model.workloads` has, where it is there."""
-    if find_spec("model.workloads") is None:
-        return []
-    from model.workloads import WORKLOADS
-
-    return list(WORKLOADS)
-
-
 def _compiled(task: tuple[str, int | str, int]) -> tuple[set[bytes], str | None]:
     """The digests of one call's binaries, and what went wrong."""
     from bench.kernel_cases import CASES
     from bench.kernel_rows import in_a_line
     from bench.predicted import recorded
     from gpukernels.compile_report import record
+    from model.workloads import WORKLOADS
 
     kind, which, capability = task
     try:
         if kind == "workload":
-            from model.workloads import WORKLOADS
-
             launches = record(WORKLOADS[which], capability=capability)
         else:
             case = CASES[which]

@@ -47,7 +47,7 @@ def parts() -> list[Part]:
         Part("tests", tests, 120, 180, ("pytest",)),
         Part("verify", (*command, "verify", "--quick", "--json"), 40, 60, ("gpukernels.verify",)),
         Part("kernels", (*kernels, "--no-compiled", "--rounds", "10"), 120, 200, ("bench.kernels",)),
-        Part("generate", ("-m", "bench.generate"), 90, 150, ("bench.generate", "transformers")),
+        Part("generate", ("-m", "bench.generate", "--json", JSON), 90, 150, ("bench.generate", "transformers")),
         Part("memory", ("-m", "bench.memory", "--preset", "gpt2", "--rounds", "1"), 40, 60, ("bench.memory",)),
         Part("train", ("-m", "bench.train"), 60, 90, ("bench.train",)),
         Part("compiled", (*kernels, "--quick"), 120, 600, ("bench.kernels",)),  # torch.compile, if there is time

@@ -1,55 +1,29 @@
 """`gpukernels warmup`: no prompt or step needs a kernel that it has not compiled."""
 
-import dataclasses
 import sys
 
 import pytest
 import torch
-from decoding import CONFIG, lively, replayed
+from decoding import lively, replayed
 
-from gpukernels.compile_report import record
-from model import PRESETS, language_model
+from model import language_model
 from model.cli import main
-from model.decoder import Decoder
-from model.gpt2 import slots
 from model.graph import GraphDecoder
-from model.parameters import Parameters
-from model.warmup import PROMPTS, warm_up
-from model.workloads import META
-
-ONE_LAYER = dataclasses.replace(PRESETS["gpt2"], n_layer=1)
 
 
-def binaries(lengths, capability):
-    """The machine code that prompts of these lengths launch."""
-
-    def prompts():
-        parameters = Parameters(slots(ONE_LAYER), META, "float16")
-        decoder = Decoder(parameters, ONE_LAYER, rows=1, capacity=ONE_LAYER.n_positions)
-        for length in lengths:
-            decoder.prefill(0, [0] * length)
-
-    return {launch.compiled.cubin for launch in record(prompts, capability=capability)}
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-def test_a_prompt_of_any_length_is_compiled(capability):
-    warm = binaries(PROMPTS, capability)
-    assert (
-        binaries([2, 3, 5, 7, 9, 17, 31, 32, 63, 64, 66, 96, 127, 128, 129, 160, 512, 1023, 1024], capability) <= warm
-    )
-    assert not warm <= binaries([1024], capability)
-
-
-def test_steps_of_every_bucket_are_captured(monkeypatch):
+@pytest.fixture
+def capturing(monkeypatch):
     monkeypatch.setattr(language_model, "can_capture", lambda *arguments: True)
     monkeypatch.setattr("model.graph._CudaCapture", lambda device: replayed)
+
+
+def test_steps_of_every_bucket_and_prompts_of_every_length_are_captured(capturing):
     lm = lively(torch.device("cpu"))
-    assert warm_up(lm, rows=3) > 0
+    assert lm.warm_up(3) > 0
     decoder = lm._idle
     assert isinstance(decoder, GraphDecoder)
     captured = set(decoder._graphs)
-    assert {bucket for bucket, _ in captured} == {1, 2, 3}
+    assert {bucket for bucket, _ in captured} == {1, 2, 3, "prompt"}
     assert decoder.lengths == [0, 0, 0]
     lm.generate([3, 1, 4], max_new_tokens=4)
     lm.generate([[3, 1, 4], [1, 5]], max_new_tokens=4, temperature=0.7, top_p=0.9, seed=1)
@@ -57,10 +31,9 @@ def test_steps_of_every_bucket_are_captured(monkeypatch):
     assert set(decoder._graphs) == captured
 
 
-def test_tokens_are_the_same_after_it():
+def test_tokens_are_the_same_after_it(capturing):
     lm, warm = lively(torch.device("cpu")), lively(torch.device("cpu"))
-    warm_up(warm)
-    assert len([length for length in PROMPTS if length <= CONFIG.n_positions]) == 6
+    warm.warm_up()
     assert warm.generate([3, 1, 4], max_new_tokens=9).tokens == lm.generate([3, 1, 4], max_new_tokens=9).tokens
 
 

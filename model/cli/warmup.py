@@ -7,8 +7,7 @@ import typer
 
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
 from model.errors import ModelError
-from model.language_model import load
-from model.warmup import warm_up
+from model.loading import load
 
 
 def warmup(
@@ -34,10 +33,10 @@ def warmup(
         local_files_only=local_files_only,
         refresh=refresh,
     )
-    first, again = warm_up(lm, rows=rows), warm_up(lm, rows=rows)
+    seconds = lm.warm_up(rows)
     if as_json:
-        print(json.dumps({"model": model, "rows": rows, "seconds": first, "again_seconds": again}))
+        print(json.dumps({"model": model, "rows": rows, "seconds": seconds}))
         return
     on = f"{lm.parameters.device.name}, {lm.parameters.dtype}"
-    print(f"{model} on {on}: {first:.1f} s for prompts of any length and steps of up to {rows} row(s)")
-    print(f"The same again, compiled: {again:.2f} s. Other processes start from what is in Triton's cache now.")
+    print(f"{model} on {on}: {seconds:.1f} s for prompts of any length and steps of up to {rows} row(s), captured too")
+    print("Other processes start from what is in Triton's cache now.")
