@@ -66,6 +66,8 @@ def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
     if held <= _HELD[8]:
         stages = 3 if itemsize == 2 else 1
         return FewRowsTile(BLOCK_N, 8, stages, 1, norm and tiles <= _NORMS * multiprocessors)
+    if itemsize == 4:  # whose weight passes shared memory: of 16 rows more than an RTX 4090 has, or an A100
+        BLOCK_N, tiles = 8, cdiv(N, 8)
     splits = cdiv(held, _HELD[16])
     if splits > 1:  # then more of them are no further launch: as many as run at once
         splits = max(splits, min(multiprocessors // tiles, held // _HELD[8]))
