@@ -154,6 +154,7 @@ WORKLOADS = {
     "gradients that add up": accumulation,
     "few rows of GPT-2 XL": lambda: few_rows_of_gpt2(1600),
     "few rows of GPT-2 in float32": lambda: few_rows_of_gpt2(768, torch.float32),
+    "few rows of GPT-2 XL in float32": lambda: few_rows_of_gpt2(1600, torch.float32),
     "few rows of LLaMA": few_rows_of_llama,
     "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
     "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
