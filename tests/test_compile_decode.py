@@ -64,7 +64,7 @@ class Seen(TorchDispatchMode):
 
 
 # Of a float32 array to float32: nothing.
-VIEWS = {"select", "slice", "view", "reshape", "transpose", "unsqueeze", "alias", "numpy_T", "empty", "to"}
+VIEWS = {"select", "slice", "unbind", "view", "reshape", "transpose", "unsqueeze", "alias", "numpy_T", "empty", "to"}
 
 
 @pytest.mark.parametrize("what", ["a step", "a prompt"])

@@ -64,7 +64,7 @@ def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(machine, "driver_version", lambda: "580.1")
     monkeypatch.setattr("model.cli.env.choices", lambda device: choices(None if device != "cuda" else "cpu"))
     lines = dict(_lines(_document(None)))
-    assert lines["cuda:0"] == "NVIDIA H100, compute capability 9.0, 85.9 GB, 132 multiprocessors"
+    assert lines["cuda:0"] == "NVIDIA H100, compute capability 9.0, 85.90 GB, 132 multiprocessors"
     assert lines["NVIDIA driver"] == "580.1"
     assert lines["device=auto runs"].startswith("Triton kernels on cuda:0")
 

@@ -15,10 +15,10 @@ from gpukernels.compile_report.binary import Compiled
 from gpukernels.compile_report.chips import CHIPS, Chip, Occupancy, occupancy
 from gpukernels.compile_report.cost import Cost, cost
 from gpukernels.compile_report.cuda_source import compile_cuda
-from gpukernels.compile_report.gpus import GPUS, Gpu, gpu_named, roofline
 from gpukernels.compile_report.parallel import gather
 from gpukernels.compile_report.recording import Launch, record, stand_in
 from gpukernels.compile_report.report import Row, rows
+from gpukernels.gpus import GPUS, Gpu, gpu_named, roofline
 
 __all__ = [
     "CHIPS",

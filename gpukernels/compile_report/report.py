@@ -6,8 +6,8 @@ from typing import NamedTuple
 from gpukernels.compile_report.binary import Compiled, widths
 from gpukernels.compile_report.chips import CHIPS, occupancy
 from gpukernels.compile_report.cost import Cost, cost
-from gpukernels.compile_report.gpus import GPUS, roofline
 from gpukernels.compile_report.recording import Launch
+from gpukernels.gpus import GPUS, roofline
 
 
 class Row(NamedTuple):

@@ -1,6 +1,5 @@
 """`gpukernels memory`: what a model takes, predicted and measured, and what fits."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gpukernels.gpus import gpu_named
 from model.cli.options import CacheDir, Json, Local, Refresh, Revision
 from model.cli.outline import outlined
 from model.config import PRESETS, GPT2Config
@@ -155,10 +155,6 @@ def _bytes_of(gpu: str) -> int:
             break
     if number.replace(".", "", 1).isdecimal():
         return int(float(number) * factor)
-    if importlib.util.find_spec("triton") is None:
-        raise ModelError(f"--gpu {gpu}: GPUs are known by name where Triton is installed; give the bytes, as 80GB")
-    from gpukernels.compile_report import gpu_named
-
     try:
         return gpu_named(gpu).memory
     except ValueError as fault:

@@ -1,9 +1,10 @@
 """How much a training step computes, and how much a GPU could."""
 
+from gpukernels.gpus import GPUS
 from model.config import GPT2Config
 from model.memory import parameter_count
 
-# What torch calls a GPU -> its data sheet in `compile_report.GPUS`. The PCIe and NVL forms of an H100 have
+# What torch calls a GPU -> its data sheet in `gpukernels.gpus`. The PCIe and NVL forms of an H100 have
 # other peaks, so a name must be whole.
 _NAMES = {
     "NVIDIA A100-SXM4-40GB": "A100",
@@ -30,8 +31,6 @@ def peak_flops(name: str, dtype: str) -> float | None:
 
     float16 and bfloat16 by tensor cores; float32 without, as the kernels compute it.
     """
-    from gpukernels.compile_report import GPUS
-
     if name not in _NAMES:
         return None
     gpu = GPUS[_NAMES[name]]

@@ -1,8 +1,9 @@
 """The roofs of GPUs: how fast memory is read and products are made, and what that says of a launch."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from gpukernels.compile_report.cost import Cost
+if TYPE_CHECKING:  # costs are of torch tensors, and the table of GPUs is for everybody
+    from gpukernels.compile_report.cost import Cost
 
 
 class Gpu(NamedTuple):
@@ -48,7 +49,7 @@ def gpu_named(name: str) -> Gpu:
     raise ValueError(f"the GPU must be one of {', '.join(GPUS)}, got {name!r}")
 
 
-def roofline(cost: Cost, gpu: Gpu) -> float:
+def roofline(cost: "Cost", gpu: Gpu) -> float:
     """The least time of a launch on a GPU, in seconds: that of its bytes or of its operations, which is more.
 
     By the data sheet, so that no kernel is faster; launching itself takes 2 to 5 microseconds more. Williams,
