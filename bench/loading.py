@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import model
 
 
-class Loader:
+class Loader(ABC):
     """One model, loaded a few times: how long, how much, and what it answers.
 
     Memory on the CPU is the growth of resident memory over the imports. transformers maps the file, and what is
@@ -44,14 +45,16 @@ class Loader:
         held, peak = self._meter.now(), self._meter.peak()
         return {"seconds": seconds, "seconds_to_logits": ready, "peak": peak, "held": held, "logits": logits}
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> None:  # noqa: B027 (there may be nothing to prepare)
         """Everything that is not the model: imports, and the device's context."""
 
+    @abstractmethod
     def _load(self) -> Any:
-        raise NotImplementedError
+        """The model."""
 
+    @abstractmethod
     def _logits(self, loaded: Any, ids: list[int]) -> np.ndarray:
-        raise NotImplementedError
+        """(T, V) of one prompt."""
 
 
 class Ours(Loader):
