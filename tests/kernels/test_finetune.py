@@ -7,11 +7,11 @@ import pytest
 import torch
 from finetuning import documents, trainer
 from kernel_cases import DEVICE
-from truth import UNIT
 
 import gpukernels
 import model
 from gpukernels import torch_ops
+from gpukernels.verify.truth import UNIT
 from model.finetune.optimizer import clipping
 
 STEPS = 2
