@@ -27,18 +27,18 @@ from model.load import locate
 KJV = Path(__file__).parent / "data" / "kjv"
 PASSES, WINDOW = 7, 512
 
-#: Of `lm.finetune`. AdamW at the rates usual for models of this size; decay of matrices, the tables among them.
+#: Of `lm.finetune`. Decay of matrices, the tables among them.
 OPTIONS = {
     "epochs": 1,
     "batch_size": 4,
-    "learning_rate": 2e-3,
-    "schedule": "cosine",
-    "warmup": 100,
-    "floor": 4e-5,
+    "optimizer": "muon",
+    "learning_rate": 4e-3,
+    "schedule": "linear",
+    "warmup": 60,
     "weight_decay": 0.1,
     "betas": (0.9, 0.97),
     "clip": 1.0,
-    "evaluate_every": 200,
+    "evaluate_every": 500,
     "seed": 0,
 }
 

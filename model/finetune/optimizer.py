@@ -1,10 +1,11 @@
-"""AdamW over one buffer of all parameters that train, and the loss scale of float16.
+"""AdamW over one buffer of all parameters that train, Muon for some of them, and the loss scale of float16.
 
-Parameters and gradients are views of two flat buffers, matrices first: they alone decay. On CUDA an update is
-one launch; on the CPU it goes through the buffers in pieces that stay in the cache.
+Parameters and gradients are views of two flat buffers, matrices first: they alone decay, and the first of them may
+be Muon's. On CUDA an update by AdamW is one launch; on the CPU it goes through the buffers in pieces that stay in
+the cache.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from gpukernels import adamw
 from model.finetune.distributed import local
+from model.finetune.muon import muon
 
 _ALIGNMENT = 64  # elements: every parameter begins where wide loads may
 _PIECE = 2**17  # elements of an update on the CPU
@@ -46,15 +48,16 @@ class LossScale:
 
 
 class Optimizer:
-    """AdamW with clipping by the global norm.
+    """AdamW with clipping by the global norm, and Muon where it is asked for.
 
     Args:
         named: the parameters that train, all of one dtype and device. Each is moved into the buffer, where its
             value and its gradient then are. Of those that are sharded, this rank's rows are.
         betas, eps, weight_decay: see `gpukernels.adamw`; biases and norms do not decay.
         accumulates: several backward passes make one gradient: of a 16-bit model it is summed in float32.
+        matrices: the names of those that Muon moves; none of them is sharded.
 
-    Memory: 4 bytes a parameter for each moment, and for the exact value of one of 16 bits.
+    Memory: 4 bytes a parameter for each moment, and for the exact value of one of 16 bits. Muon has one moment.
     """
 
     def __init__(
@@ -65,26 +68,30 @@ class Optimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         accumulates: bool = False,
+        matrices: Collection[str] = (),
     ):
-        named = sorted(named, key=lambda pair: pair[1].ndim < 2)
+        named = sorted(named, key=lambda pair: (pair[0] not in matrices, pair[1].ndim < 2))
         first = named[0][1]
         self.options = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.places: dict[str, tuple[int, torch.Size]] = {}
-        end = self.decayed = 0
+        end = self.decayed = self.muons = 0
         for name, parameter in named:
             self.places[name] = end, (shape := local(parameter.detach()).shape)
             end += -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
             if parameter.ndim >= 2:
                 self.decayed = end
+            if name in matrices:
+                self.muons = end
+        self.matrices = [name for name, _ in named if name in matrices]
 
         self.shards: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def zeros(dtype):
-            return torch.zeros(end, dtype=dtype, device=first.device)
+        def zeros(dtype, start=0):
+            return torch.zeros(end - start, dtype=dtype, device=first.device)
 
         wide = torch.promote_types(first.dtype, torch.float32)
         self.parameter, self.gradient = zeros(first.dtype), zeros(first.dtype)
-        self.first_moment, self.second_moment = zeros(wide), zeros(wide)
+        self.first_moment, self.second_moment = zeros(wide), zeros(wide, self.muons)
         for name, parameter in named:
             view, gradient, here = self.view(self.parameter, name), self.view(self.gradient, name), parameter.detach()
             view.copy_(local(here))
@@ -106,6 +113,7 @@ class Optimizer:
     def view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         """The part of a flat buffer that belongs to a parameter."""
         start, shape = self.places[name]
+        start -= len(self.parameter) - len(flat)  # what Muon's have none of begins behind them
         return flat[start : start + shape.numel()].view(shape)
 
     def zero(self) -> None:
@@ -133,18 +141,19 @@ class Optimizer:
     def step(self, rate: float, scale: float = 1.0) -> None:
         """One update; the gradient is multiplied by `scale`, which undoes the loss scale and clips."""
         self.updates += 1
+        self._muon(rate, scale)
         gradient, wide, device = self.whole, self.first_moment.dtype, self.parameter.device
         learning_rate = torch.full((), rate, dtype=wide, device=device)
         gradient_scale = None if scale == 1.0 else torch.full((), scale, dtype=wide, device=device)
         count = len(gradient)
         size = count if device.type == "cuda" else _PIECE
-        for start in range(0, count, size):
+        for start in range(self.muons, count, size):
             part = slice(start, start + size)
             adamw(
                 self.parameter[part],
                 gradient[part],
                 self.first_moment[part],
-                self.second_moment[part],
+                self.second_moment[start - self.muons : start - self.muons + size],
                 step=self.updates,
                 learning_rate=learning_rate,
                 master=None if self.master is None else self.master[part],
@@ -153,6 +162,21 @@ class Optimizer:
                 **self.options,
             )
         self._pass_on()
+
+    def _muon(self, rate: float, scale: float) -> None:
+        exact = self.buffers()["weight"]
+        for name in self.matrices:
+            weight = self.view(exact, name)
+            muon(
+                weight,
+                self.view(self.whole, name).to(weight.dtype) * scale,
+                self.view(self.first_moment, name),
+                learning_rate=rate,
+                weight_decay=self.options["weight_decay"],
+                stacked=3 if ".qkv." in name else 1,
+            )
+            if self.master is not None:
+                self.view(self.parameter, name).copy_(weight)
 
     def _pass_on(self) -> None:
         """Where parameters are sharded, to where they are read from."""
@@ -167,7 +191,10 @@ class Optimizer:
     def state(self) -> dict[str, torch.Tensor]:
         """Views of the buffers by "first_moment/NAME": float32, in no order that matters."""
         return {
-            f"{kind}/{name}": self.view(flat, name) for kind, flat in self.buffers().items() for name in self.places
+            f"{kind}/{name}": self.view(flat, name)
+            for kind, flat in self.buffers().items()
+            for name in self.places
+            if kind != "second_moment" or name not in self.matrices
         }
 
     def restore(self, state: Mapping[str, torch.Tensor], updates: int) -> None:

@@ -12,6 +12,8 @@ from model.finetune.lora import Lora
 from model.finetune.schedule import KINDS, Schedule
 from model.sampling import whole
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -34,6 +36,8 @@ class Settings:
         accumulate: forward passes of one optimizer step. The gradient is that of all their targets at once.
 
     Optimizer:
+        optimizer: "adamw", or "muon": Muon for the matrices inside the blocks and AdamW for the rest; see
+            `finetune.muon`. It is for training from scratch, or on much.
         learning_rate: the largest. schedule: see `Schedule`. floor: the smallest after the warm-up.
         warmup: optimizer steps, or below 1 their share of all.
         weight_decay: of matrices, tables of tokens and positions among them; biases and norms do not decay.
@@ -65,6 +69,7 @@ class Settings:
     accumulate: int = 1
     max_steps: int | None = None
     max_time: float | None = None
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "cosine"
     warmup: float = 0.03
@@ -116,6 +121,9 @@ class Settings:
             )
         if self.keep_adapter and self.lora is None:
             raise TrainingError("there is no adapter to keep: give lora_rank")
+        if self.optimizer == "muon" and (self.lora or self.fsdp):
+            parts = "adapters are" if self.lora else "fsdp has"
+            raise TrainingError(f"optimizer muon moves whole matrices, and {parts} parts of them: choose adamw")
 
     @property
     def lora(self) -> Lora | None:
@@ -147,6 +155,8 @@ class Settings:
             yield "warmup", "a whole number of steps, or below 1 a share of all"
         if len(self.betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in self.betas):
             yield "betas", "two numbers from 0 to below 1"
+        if self.optimizer not in OPTIMIZERS:
+            yield "optimizer", f"one of {', '.join(OPTIMIZERS)}"
         if self.schedule not in KINDS:
             yield "schedule", f"one of {', '.join(KINDS)}"
         if not (_number(self.validation) and 0 <= self.validation < 1):

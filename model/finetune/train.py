@@ -100,12 +100,15 @@ class Trainer:
         self.world, self.started, self.out, self.write = world, started, out, write
         weight = network.tokens.weight
         self.device, self.scale = weight.device, LossScale.of(weight.dtype)
+        training = [pair for pair in network.named_parameters() if pair[1].requires_grad]
+        inside = [name for name, parameter in training if name.startswith("blocks.") and parameter.ndim == 2]
         self.optimizer = Optimizer(
-            [pair for pair in network.named_parameters() if pair[1].requires_grad],
+            training,
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             accumulates=settings.accumulate > 1,
+            matrices=inside if settings.optimizer == "muon" else (),
         )
         self.steps = train.steps * settings.epochs
         if settings.max_steps is not None:
