@@ -13,6 +13,7 @@ https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html.
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,14 +60,19 @@ def _way_back(array: Any) -> Callable[[torch.Tensor], Any]:
     if hasattr(array, "__array_namespace__"):
         return array.__array_namespace__().from_dlpack
     module = type(array).__module__
-    if module.partition(".")[0] in ("numba", "numba_cuda"):
+    library = module.partition(".")[0]
+    if library in ("numba", "numba_cuda"):
         from numba import cuda
 
         return cuda.as_cuda_array
-    raise TypeError(
-        f"results cannot be given back as {module}.{type(array).__name__}, which has no __array_namespace__; "
-        "pass torch.from_dlpack(array)"
-    )
+    # CuPy's arrays name no namespace (14.2 is the newest); their library has been imported by whoever made one.
+    back = getattr(sys.modules.get(library), "from_dlpack", None)
+    if back is None:
+        raise TypeError(
+            f"results cannot be given back as {module}.{type(array).__name__}, which has no __array_namespace__, "
+            f"nor {library} a from_dlpack; pass torch.from_dlpack(array)"
+        )
+    return back
 
 
 def _callers_stream(array: Any) -> contextlib.AbstractContextManager:

@@ -36,6 +36,15 @@ def test_weights_of_the_sampler_are_the_same_on_every_gpu():
         assert launch.compiled.count("FFMA") <= 16
 
 
+def test_a_vocabulary_of_one_word_is_sampled():
+    """An argument of 1 becomes a constant of the code, which is no tensor; the interpreter makes nothing of it."""
+    logits = meta(1, 1, grad=False)
+    one, number = (meta(1, dtype=dtype, grad=False) for dtype in (torch.float32, torch.int64))
+    options = dict.fromkeys(("temperature", "top_p", "min_p", "uniforms"), one) | {"top_k": number}
+    (launch,) = record(lambda: gpukernels.sample(logits, **options), capability=90)
+    assert launch.kernel == "_sample_kernel"
+
+
 def test_every_kernel_is_compiled():
     written = {
         node.name

@@ -1,6 +1,7 @@
 """Arrays of other libraries: a small one made here that speaks DLPack, and CuPy's where there is a GPU."""
 
 import inspect
+import sys
 import types
 
 import numpy as np
@@ -78,8 +79,28 @@ def test_errors_speak_of_the_callers_arrays():
 def test_an_array_without_a_way_back_is_refused_before_anything_is_computed(monkeypatch):
     monkeypatch.setattr(ops, "matmul", lambda a, b: pytest.fail("this was computed"))
     monkeypatch.delattr(Array, "__array_namespace__")
-    with pytest.raises(TypeError, match=r"given back as otherlibrary.core.Array, which has no __array_namespace__"):
+    words = "given back as otherlibrary.core.Array, which has no __array_namespace__, nor otherlibrary a from_dlpack"
+    with pytest.raises(TypeError, match=words):
         interop.matmul(draw(2, 3), draw(3, 2))
+
+
+def test_an_array_that_names_no_namespace_comes_back_through_its_library(monkeypatch):
+    """As CuPy's arrays do."""
+    namespace = draw(1).__array_namespace__()
+    monkeypatch.delattr(Array, "__array_namespace__")
+    monkeypatch.setitem(sys.modules, "otherlibrary", namespace)
+    a, b = draw(2, 3), draw(3, 2)
+    found = gpukernels.matmul(a, b)
+    assert isinstance(found, Array)
+    assert torch.equal(found.tensor, a.tensor @ b.tensor)
+
+
+def test_the_way_back_to_cupy():
+    cupy = pytest.importorskip("cupy")
+    # An array needs a GPU; what is asked of one is its class and its class's module.
+    array = type("ndarray", (), {"__module__": cupy.ndarray.__module__})()
+    assert interop._way_back(array) is cupy.from_dlpack
+    assert all(hasattr(cupy.ndarray, name) for name in ("__dlpack__", "__dlpack_device__", "__cuda_array_interface__"))
 
 
 def test_every_op_is_there_and_nothing_else():

@@ -223,6 +223,12 @@ def test_the_type_of_the_options_and_of_the_logits(library):
         np.testing.assert_array_equal(host(got), want)
         assert str(got.dtype).removeprefix("torch.") == "int64"
     assert sample(on(library, logits[:0])).shape == (0,)
+    # float16 holds no 2^24, in units of which a draw is made.
+    numbers = {"temperature": np.ones(50, np.float16), "uniforms": np.linspace(0, 0.99, 50, dtype=np.float16)}
+    half = host(sample(on(library, logits), **{name: on(library, x) for name, x in numbers.items()}))
+    single = {name: on(library, x.astype(np.float32)) for name, x in numbers.items()}
+    np.testing.assert_array_equal(half, host(sample(on(library, logits), **single)))
+    assert len(set(half.tolist())) > 10
 
 
 def words(seed, stream, step):
@@ -284,6 +290,14 @@ def test_a_value_outside_its_range_counts_as_the_end_of_it(library):
         ("min_p", (2, 1)),
         ("uniforms", (-0.5, 0)),
         ("uniforms", (1.5, LARGEST)),
+        ("temperature", (math.inf, 1e38)),
+        ("temperature", (math.nan, 0)),
+        ("top_p", (math.inf, 1)),
+        ("top_p", (-math.inf, 0)),
+        ("min_p", (math.inf, 1)),
+        ("min_p", (-math.inf, 0)),
+        ("uniforms", (math.inf, LARGEST)),
+        ("uniforms", (-math.inf, 0)),
     ):
         results = []
         for value in values:

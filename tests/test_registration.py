@@ -261,6 +261,32 @@ def test_compiled_whole_and_differentiated_with_any_gradient(name, layout):
         torch.testing.assert_close(other, eager, rtol=RTOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "turned"])  # a turn has every derivative
+def test_a_second_derivative_is_refused_and_not_wrong(name):
+    """torch takes a backward op without a gradient for a constant, and only warns of it."""
+    function, shapes = FUNCTIONS[name]
+    leaves = [leaf(SINGLE, *shape) for shape in shapes]
+    y = function(*leaves)
+    dy = SINGLE.draw(*y.shape, seed=1)
+    want = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    found = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    assert all(torch.equal(*pair) for pair in zip(found, want, strict=True))
+    if any(x.requires_grad for x in found):  # an embedding's gradient is none of its table's
+        with pytest.raises(RuntimeError, match=r"gpukernels::\w+ has no second derivative; plain torch has one"):
+            torch.autograd.grad(sum(x.square().sum() for x in found), leaves, allow_unused=True)
+    else:
+        assert name == "embedded"
+
+
+def test_the_second_derivative_of_a_product_is_torchs():
+    leaves = [leaf(SINGLE, 3, 4), leaf(SINGLE, 4, 5)]
+    seconds = []
+    for product in (library.matmul, torch.matmul):
+        firsts = torch.autograd.grad(product(*leaves).square().sum(), leaves, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(x.square().sum() for x in firsts), leaves))
+    torch.testing.assert_close(*seconds, rtol=1e-5, atol=1e-3)
+
+
 def test_decode_attention_compiled_whole():
     (q, k, v, lengths, *_), *_ = (arguments for _, arguments in decode_attention_calls(SINGLE))
     compiled = torch.compile(library.decode_attention, fullgraph=True, backend="aot_eager")

@@ -178,6 +178,12 @@ def _part(whole, part, more):
 
 
 @triton.jit
+def _between_0_and_1(x):
+    """x, or the nearer end: what is infinite would be no integer. 0 for NaN."""
+    return tl.where(x > 0, tl.minimum(x, 1.0), 0.0)
+
+
+@triton.jit
 def _sample_kernel(
     x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
     uniform_ptr, seed_ptr, stream_ptr, step_ptr, token_ptr,
@@ -216,26 +222,26 @@ def _sample_kernel(
                 k = tl.load(top_k_ptr + row).to(tl.int64)
                 if (k > 0) & (k < V):
                     limit, _count, near = _search(
-                        x_ptr, seen_ptr, penalty, V, peak, rate, k, limit, V.to(tl.int64), near, BLOCK, True
+                        x_ptr, seen_ptr, penalty, V, peak, rate, k, limit, tl.cast(V, tl.int64), near, BLOCK, True
                     )
             total, _near, _inner, _outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
             if top_p_ptr is not None:
-                part = (tl.load(top_p_ptr + row) * _UNIFORMS).to(tl.int64)
+                part = (_between_0_and_1(tl.load(top_p_ptr + row)) * _UNIFORMS).to(tl.int64)
                 if part < _UNIFORMS:
                     need = tl.maximum(_part(total, part, _UNIFORMS - 1), 1)
                     limit, total, near = _search(
                         x_ptr, seen_ptr, penalty, V, peak, rate, need, limit, total, near, BLOCK, False
                     )
             if min_p_ptr is not None:
-                least = tl.ceil(tl.minimum(tl.load(min_p_ptr + row), 1.0) * _HEAVIEST).to(tl.int64)
+                least = tl.ceil(_between_0_and_1(tl.load(min_p_ptr + row)) * _HEAVIEST).to(tl.int64)
                 if least > 0:
                     total, _near, _inner, _outer = _total(
                         x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False
                     )
 
             if uniform_ptr is not None:
-                draw = (tl.load(uniform_ptr + row) * _UNIFORMS).to(tl.int64)
-                draw = tl.minimum(tl.maximum(draw, 0), _UNIFORMS - 1)
+                draw = (_between_0_and_1(tl.load(uniform_ptr + row)) * _UNIFORMS).to(tl.int64)
+                draw = tl.minimum(draw, _UNIFORMS - 1)
             else:
                 stream, step = tl.load(stream_ptr + row).to(tl.int32), tl.load(step_ptr + row).to(tl.int32)
                 draw, _second, _third, _fourth = tl.philox(tl.load(seed_ptr + row).to(tl.int64), step, stream, 0, 0)

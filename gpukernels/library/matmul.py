@@ -193,7 +193,7 @@ def _matmul_differentiated(ctx, dy):
     return da, db, None
 
 
-differentiate(_matmul, _matmul_save, _matmul_differentiated)
+differentiate(_matmul, _matmul_save, _matmul_differentiated, twice=True)
 
 
 def matmul(a, b):

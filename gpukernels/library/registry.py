@@ -33,9 +33,45 @@ def define(signature: str, *, launch: Callable, plain: Callable, fake: Callable)
     return getattr(torch.ops.gpukernels, name).default
 
 
-def differentiate(op: Callable, setup_context: Callable, backward: Callable) -> None:
-    """Gives an op its gradient: both functions as `torch.library.register_autograd` takes them."""
+def differentiate(op: Callable, setup_context: Callable, backward: Callable, *, twice: bool = False) -> None:
+    """Gives an op its gradient: both functions as `torch.library.register_autograd` takes them.
+
+    twice: `backward` is made of ops that have gradients themselves. Without it a second derivative is refused.
+    """
+    backward = backward if twice else _only_once(op.name(), backward)
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _only_once(name: str, backward: Callable) -> Callable:
+    """torch would take a backward op without a gradient of its own for a constant, and make wrong second ones."""
+
+    def run(ctx, *upstream):
+        found = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return found
+        # create_graph=True: what is found is a result of everything that it was made from.
+        sources = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad]
+        if not sources:
+            return found
+        return tuple(x if x is None else _NoSecond.apply(name, x.detach(), *sources) for x in found)
+
+    return run
+
+
+class _NoSecond(torch.autograd.Function):
+    """x as it is, and an error where it is differentiated by its sources."""
+
+    @staticmethod
+    def forward(name, x, *sources):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, dx):
+        raise RuntimeError(f"{ctx.name} has no second derivative; plain torch has one: gpukernels.torch_ops")
 
 
 def wants_gradient(*arrays: torch.Tensor | None) -> bool:

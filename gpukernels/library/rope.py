@@ -47,7 +47,7 @@ def _differentiate(ctx, dy):
     return _rope(dy, *ctx.saved_tensors, theta, interleaved, not inverse), None, None, None, None, None
 
 
-differentiate(_rope, _save, _differentiate)
+differentiate(_rope, _save, _differentiate, twice=True)
 
 
 def rope(x, positions, *, theta=10000.0, frequencies=None, interleaved=False):

@@ -11,6 +11,8 @@ best it is off by 2^-22 (1 + ln(1 / p)) of itself at most: four roundings of y (
 of the difference and of the product), its steps, and the polynomial. Below p = 2^-40 it is 0.
 """
 
+import math
+
 import numpy as np
 
 #: 2^31 2^-f = e0 - e1 f + e2 f^2 - ... for f from 0 to 1: within 4.4e-9 of itself in 32-bit arithmetic that
@@ -57,7 +59,7 @@ def sample(
             if uniforms is None:
                 draw = _philox(int(seed[row]), int(stream[row]), int(step[row]))
             else:
-                draw = min(max(int(uniforms[row] * 2**UNIFORM_BITS), 0), 2**UNIFORM_BITS - 1)
+                draw = min(int(_between_0_and_1(uniforms[row]) * 2**UNIFORM_BITS), 2**UNIFORM_BITS - 1)
             sums = np.cumsum(weights)
             tokens[row] = ids[np.searchsorted(sums, draw * int(sums[-1]) >> UNIFORM_BITS, side="right")]
     return tokens
@@ -125,7 +127,7 @@ def candidates(x, temperature, top_k=0, top_p=1.0, min_p=0.0) -> tuple[np.ndarra
         kept = distance <= np.partition(distance, top_k - 1)[top_k - 1]
         ids, distance = ids[kept], distance[kept]
     rate = np.float32(LOG2_E) / np.float32(np.clip(float(temperature), COLDEST, HOTTEST))
-    part = int(np.float32(top_p) * 2**UNIFORM_BITS)
+    part = int(_between_0_and_1(np.float32(top_p)) * 2**UNIFORM_BITS)
     if part < 2**UNIFORM_BITS:
         nearest = np.sort(distance)
         sums = np.cumsum(_weights(nearest, rate))
@@ -133,11 +135,16 @@ def candidates(x, temperature, top_k=0, top_p=1.0, min_p=0.0) -> tuple[np.ndarra
         kept = distance <= nearest[np.searchsorted(sums, enough)]
         ids, distance = ids[kept], distance[kept]
     weights = _weights(distance, rate)
-    least = min(int(np.ceil(np.float32(min_p) * 2**WEIGHT_BITS)), 2**WEIGHT_BITS)
+    least = math.ceil(_between_0_and_1(np.float32(min_p)) * 2**WEIGHT_BITS)
     if least > 0:
         kept = weights >= least
         ids, weights = ids[kept], weights[kept]
     return ids, weights
+
+
+def _between_0_and_1(x) -> float:
+    """x, or the nearer end: what is infinite would be no integer. 0 for NaN."""
+    return min(float(x), 1.0) if x > 0 else 0.0
 
 
 def _weights(distance, rate):

@@ -38,18 +38,20 @@ def sample(
             weights = weights.masked_fill(distance > ordered.gather(1, some[:, None] - 1), 0)
         if top_p is not None:
             sums = weights.gather(1, distance.argsort(1)).cumsum(1)
-            part = (top_p.float() * 2**UNIFORM_BITS).long()
+            part = (_between_0_and_1(top_p.float()) * 2**UNIFORM_BITS).long()
             enough = _part(sums[:, -1], part, 2**UNIFORM_BITS - 1).clamp(min=1)
             place = (sums < enough[:, None]).sum(1, keepdim=True).clamp(max=count - 1)
             limit = torch.where(part[:, None] < 2**UNIFORM_BITS, ordered.gather(1, place), torch.inf)
             weights = weights.masked_fill(distance > limit, 0)
         if min_p is not None:
-            least = (min_p.float() * 2**WEIGHT_BITS).ceil().long().clamp(max=2**WEIGHT_BITS)
+            least = (_between_0_and_1(min_p.float()) * 2**WEIGHT_BITS).ceil().long()
             weights = weights.masked_fill(weights < least[:, None], 0)
         if uniforms is None:
             draws = _philox(seed, stream, step)
         else:
-            draws = (uniforms * 2**UNIFORM_BITS).long().clamp(0, 2**UNIFORM_BITS - 1)
+            # float16 holds no 2^24.
+            wide = uniforms.to(torch.promote_types(uniforms.dtype, torch.float32))
+            draws = (_between_0_and_1(wide) * 2**UNIFORM_BITS).long().clamp(max=2**UNIFORM_BITS - 1)
         sums = weights.cumsum(1)
         drawn = (sums <= _part(sums[:, -1], draws, 0)[:, None]).sum(1)
         tokens = torch.where(temperature > 0, drawn, tokens)
@@ -104,6 +106,11 @@ def sample_embed(
 
 def uniform(seed, stream, step):
     return _philox(seed, stream, step).float() * 2.0**-UNIFORM_BITS
+
+
+def _between_0_and_1(x):
+    """x, or the nearer end: what is infinite would be no integer. 0 for NaN."""
+    return x.nan_to_num(0.0).clamp(0, 1)
 
 
 def _weights(distance, rate):

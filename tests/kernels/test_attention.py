@@ -134,6 +134,18 @@ def test_any_strides(layout, loads):
     check_gradients("attention", laid_out, layout=layout)
 
 
+@pytest.mark.parametrize("window", [33, 2**31 - 1, 2**40])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_window_wider_than_the_keys_hides_nothing(window, loads):
+    """A position plus the widest window of 32 bits is more than 32 bits hold."""
+    given = arrays(HALF, 1, 20, 2, 16, 33, 2)
+    check_both(given, window=window)
+    out, lse = gpukernels.attention(**given, window=window, return_lse=True)
+    every = gpukernels.attention(**given, return_lse=True)
+    assert torch.equal(out, every[0])
+    assert torch.equal(lse, every[1])
+
+
 @pytest.mark.usefixtures("small_tiles")
 def test_packed_queries_keys_and_values(loads):
     packed = HALF.draw(2, 20, 3, 2, 16)

@@ -72,6 +72,19 @@ def test_every_dtype_and_stride(kind, layout):
     np.testing.assert_array_equal(host(sample(LAYOUTS[layout](given), **options)), want)
 
 
+def test_options_of_half_precision():
+    """float16 holds no 2^24, in units of which a draw is made."""
+    logits, options = mixed(3, ROWS, 35)
+    options = {name: x.astype(np.float16) if x.dtype == np.float32 else x for name, x in options.items()}
+    options["temperature"] = np.maximum(options["temperature"], np.float16(0.1))
+    options["uniforms"] = np.linspace(0, 0.99, ROWS, dtype=np.float16)
+    wide = {name: x.astype(np.float32) if x.dtype == np.float16 else x for name, x in options.items()}
+    want = numpy_ops.sample(logits, **wide)
+    assert len(set(want)) > 2
+    np.testing.assert_array_equal(numpy_ops.sample(logits, **options), want)
+    np.testing.assert_array_equal(host(sample(on("torch", logits, DEVICE), **device(options))), want)
+
+
 def test_greedy_takes_the_lowest_id_of_the_best():
     logits = np.random.default_rng(0).integers(0, 4, (40, 50)).astype(np.float32)
     logits[0], logits[1, ::2] = -0.0, -0.0
@@ -135,6 +148,9 @@ def test_values_outside_their_ranges():
     options["top_p"][:] = [-1, 1, 7, 1, 1, 1]
     options["top_k"][:] = [0, -5, 0, 0, 0, 0]
     check(logits, **options)
+    options["temperature"][:] = [1, 1, 1, 1, np.inf, np.nan]
+    for name in ("uniforms", "min_p", "top_p"):
+        check(logits, **options | {name: np.array([np.inf, -np.inf, np.nan, 1e30, -1e30, 0.5], np.float32)})
 
 
 def test_ties_fill_the_vocabulary():

@@ -213,6 +213,7 @@ def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *,
     q, k, v, dout = unit_inner_stride(q, k, v, dout)
     B, T, H, D = q.shape
     S, kv_heads = k.shape[1:3]
+    window = window if window < S else 0  # a wider one hides nothing, and positions plus it could pass 32 bits
     lengths = None if lengths is None else lengths.contiguous()
     dq = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape if needs_kv else 0, dtype=q.dtype, device=q.device)

@@ -125,6 +125,7 @@ def attention_forward(q, k, v, lengths, bounds, scale, *, causal, window):
     q, k, v = unit_inner_stride(q, k, v)
     B, T, H, D = q.shape
     S, kv_heads = k.shape[1:3]
+    window = window if window < S else 0  # a wider one hides nothing, and positions plus it could pass 32 bits
     lengths = None if lengths is None else lengths.contiguous()
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
