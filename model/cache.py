@@ -48,6 +48,11 @@ class Cache:
         """A layer's keys and values, (B, extent, Hkv, D)."""
         return tuple(store[layer, :, :, : self.extent].swapaxes(1, 2) for store in (self.keys, self.values))
 
+    def hold(self, row: int, length: int) -> None:
+        """Says how many tokens row `row` holds."""
+        # A slice is filled by the device; an element would be copied to it, for which the host waits.
+        self.lengths[row : row + 1] = length
+
     def move(self, source: int, target: int) -> None:
         """Copies row `source` over row `target`."""
         self.keys[:, target] = self.keys[:, source]

@@ -1,6 +1,7 @@
 """The pre-flight: whether a model would load, from JSON and headers alone, in a moment."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from model.config import generation_eos
@@ -20,14 +21,15 @@ class Report:
     notices: list[str] = field(default_factory=list)
 
 
-def check(source: Path) -> Report:
+def check(source: Path, *, headers_only: bool = True) -> Report:
     """Checks a folder or file: config contract, headers, names, shapes, dtypes, tokenizer.
 
-    Neither weights nor torch are touched. Every problem is listed, not just the first.
+    Neither weights nor torch are touched; without `headers_only` the bytes of a tied output matrix are, as `plan` says.
+    Every problem is listed, not just the first.
     """
     report = Report(source)
     folder = source.parent if source.is_file() else source
-    for step in (_plan, _tokenizer, _generation):
+    for step in (partial(_plan, headers_only=headers_only), _tokenizer, _generation):
         try:
             step(report, folder)
         except ModelError as fault:
@@ -35,8 +37,8 @@ def check(source: Path) -> Report:
     return report
 
 
-def _plan(report: Report, folder: Path) -> None:
-    report.plan = plan(report.source, headers_only=True)
+def _plan(report: Report, folder: Path, *, headers_only: bool) -> None:
+    report.plan = plan(report.source, headers_only=headers_only)
     report.notices += report.plan.notices
 
 

@@ -80,18 +80,17 @@ class Decoder:
         """
         self.sampling.set(row, sampling, seed=seed, stream=stream, step=step, seen=seen)
         logits = self.prefill(row, ids)
-        return self._device.fetch(self._choose(logits, row, row + 1, self.sampling.needed(row, row + 1)))
+        return self._device.fetch(self._choose(logits, row, row + 1, self._names(row, row + 1)))
 
     def step(self, rows: int) -> Tokens:
         """Feeds each of the first `rows` rows the token chosen last, and chooses the next ones."""
         for row in range(rows):
             self.lengths[row] += 1
-        return self._device.fetch(self._step(rows, max(self.lengths[:rows]), self.sampling.needed(0, rows)))
+        return self._device.fetch(self._step(rows, max(self.lengths[:rows]), self._names(0, rows)))
 
     def release(self, row: int) -> None:
         """Forgets the row: steps leave it alone until it starts again."""
-        self.cache.lengths[row] = 0
-        self.lengths[row] = 0
+        self._hold(row, 0)
 
     def move(self, source: int, target: int) -> None:
         """Copies row `source` over row `target`."""
@@ -110,8 +109,7 @@ class Decoder:
         device, start = self._device, self.lengths[row]
         for first in range(0, len(ids), CHUNK):
             part = ids[first : first + CHUNK]
-            self.lengths[row] += len(part)
-            self.cache.lengths[row] = self.lengths[row]
+            self._hold(row, self.lengths[row] + len(part))
             positions = device.indices([range(start + first, self.lengths[row])])
             x = self._read(row, device.indices([part]), positions, self.lengths[row])
         return gpt2.unembed(self._parameters, self._config, x)
@@ -122,9 +120,16 @@ class Decoder:
         positions = device.indices([[length] for length in self.lengths[:rows]])
         self._x[:rows] = gpt2.embed(self._parameters, device.indices([[token] for token in tokens]), positions)
         for row in range(rows):
-            self.lengths[row] += 1
-            self.cache.lengths[row] = self.lengths[row]
+            self._hold(row, self.lengths[row] + 1)
         return self._logits(rows, max(self.lengths[:rows]))
+
+    def _hold(self, row: int, length: int) -> None:
+        self.lengths[row] = length
+        self.cache.hold(row, length)
+
+    def _names(self, start: int, stop: int) -> tuple[str, ...]:
+        """The arguments of `sample` that are used for rows `start` to `stop`."""
+        return self.sampling.needed(start, stop)
 
     def _read(self, row: int, ids: Any, positions: Any, extent: int) -> Any:
         """(1, C), behind the last of tokens (1, T) that row `row`'s length counts already."""

@@ -133,6 +133,9 @@ class TorchDevice:
         self.device = torch.device(device)
         self.name = str(self.device)
         self.asynchronous = self.device.type == "cuda"
+        if self.asynchronous and self.device.index is None:
+            # The one that is current now, whichever is current later.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._casts_on_device = self.asynchronous and importlib.util.find_spec("cupy") is not None
 
     def activation_dtype(self, dtype: str) -> Any:
@@ -146,7 +149,10 @@ class TorchDevice:
         return self._torch.zeros(shape, dtype=dtype, device=self.device)
 
     def indices(self, values: Any) -> Any:
-        return self._torch.as_tensor(np.asarray(values, np.int32), device=self.device)
+        tensor = self._torch.as_tensor(np.asarray(values, np.int32))
+        if self.asynchronous:  # from pinned memory the copy is only started
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=self.asynchronous)
 
     def fetch(self, array: Any) -> Callable[[], list[int]]:
         if not self.asynchronous:
@@ -155,7 +161,7 @@ class TorchDevice:
         host = self._torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
         host.copy_(array, non_blocking=True)
         copied = self._torch.cuda.Event()
-        copied.record()
+        copied.record(self._torch.cuda.current_stream(self.device))  # another device may be the current one
 
         def read() -> list[int]:
             copied.synchronize()
@@ -198,7 +204,7 @@ class TorchDevice:
         return free + cuda.memory_reserved(self.device) - cuda.memory_allocated(self.device)
 
     def to_host(self, array: Any) -> np.ndarray:
-        return array.detach().float().cpu().numpy()
+        return array.detach().cpu().float().numpy()  # widened where there is more memory
 
     def to_bytes(self, array: Any) -> memoryview:
         return memoryview(array.detach().contiguous().cpu().view(self._torch.uint8).numpy()).cast("B")

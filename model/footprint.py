@@ -140,8 +140,8 @@ def _measured(
         lm = model.LanguageModel(planned.config, filled.parameters, filled=filled)
     lm.eos_token_ids = ()
     weights, loading = meter.now(), meter.peak()
-    new = min(_STEPS, context - 1)
-    prompt = [token % lm.config.vocab_size for token in range(context - new)]
+    new = max(1, min(_STEPS, context - 1))
+    prompt = [token % lm.config.vocab_size for token in range(max(1, context - new))]
     lm.generate([prompt] * batch, max_new_tokens=new, batch_size=batch)
     peak = max(meter.peak(), loading)
     return Footprint(

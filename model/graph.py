@@ -27,6 +27,18 @@ Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 _SHORTEST = 16  # of prompts as they are filled up
 
+
+def filled_up(tokens: int, capacity: int) -> int:
+    """What a prompt of so many tokens is filled up to, where it is no more than `CHUNK`."""
+    return min(max(_SHORTEST, 1 << (tokens - 1).bit_length()), capacity)
+
+
+def prompt_sizes(tokens: int, capacity: int) -> list[int]:
+    """The lengths of the graphs that prompts of up to so many tokens need."""
+    powers = (1 << power for power in range((tokens - 1).bit_length() + 1))
+    return sorted({size for size in (filled_up(power, capacity) for power in powers) if size <= CHUNK})
+
+
 _WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks the device for values
 
 
@@ -69,20 +81,21 @@ class GraphDecoder(Decoder):
         for row in range(rows):
             self.lengths[row] += 1
         bucket = next(each for each in self.buckets if each >= rows)
-        replay, tokens = self._step_graph(bucket, _variant(self.sampling.needed(0, rows)))
+        replay, tokens = self._step_graph(bucket, self._names(0, rows))
         replay()
         return self._device.fetch(tokens[:rows])
 
     def prefill(self, row: int, ids: Sequence[int]) -> Any:
         """As `Decoder.prefill`; the logits stand until the next call."""
-        size = min(max(_SHORTEST, 1 << (len(ids) - 1).bit_length()), self.capacity)
+        size = filled_up(len(ids), self.capacity)
         if size > CHUNK:
             return super().prefill(row, ids)
         blank, last = [0] * (size - len(ids)), self.rows - 1
         prompt = self._device.indices([[*blank, *ids], [*blank, *range(len(ids))]])
         if row != last and self.lengths[last]:
             self._hold(row, len(ids))
-            return self._prompt_logits(row, prompt)
+            with dependent_launches():  # kernels that are compiled by now
+                return self._prompt_logits(row, prompt)
         replay, logits = self._prompt_graph(size)
         self._device.assign(self._prompts[size], prompt)
         self._hold(last, len(ids))
@@ -101,14 +114,12 @@ class GraphDecoder(Decoder):
         for bucket in self.buckets:
             for variant in ((), _variant(DRAWING)):
                 self._step_graph(bucket, variant)
-        size = _SHORTEST
-        while size < 2 * min(self.capacity, CHUNK):
-            self._prompt_graph(min(size, self.capacity))
-            size *= 2
+        for size in prompt_sizes(self.capacity, self.capacity):
+            self._prompt_graph(size)
 
-    def _hold(self, row: int, length: int) -> None:
-        self.lengths[row] = length
-        self.cache.lengths[row] = length
+    def _names(self, start: int, stop: int) -> tuple[str, ...]:
+        # A row starts with the kernel that steps have, too.
+        return _variant(super()._names(start, stop))
 
     def _step_graph(self, bucket: int, names: tuple[str, ...]) -> tuple[Callable[[], None], Any]:
         return self._graph((bucket, names), lambda: self._step(bucket, self.capacity, names))

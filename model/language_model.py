@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ class LanguageModel:
         new = ids.shape[1]
         if new > self.config.n_positions:
             raise ContextError(f"ids have {new} tokens, but the model has {self.config.n_positions} positions")
-        device, needs = self.parameters.device, logits_needs(self._ledger(1, 1), ids.size)
+        device = self.parameters.device
+        needs = logits_needs(self.config, self.parameters.dtype, place_of(device), ids.size)
         with room_for(device, needs, f"logits of {ids.shape[0]} x {new} tokens", "give fewer rows, or shorter ones"):
             positions = device.indices(np.broadcast_to(np.arange(new), ids.shape))
             x = gpt2.hidden_states(self.parameters, self.config, device.indices(ids), positions)
@@ -243,8 +245,10 @@ class LanguageModel:
         """
         require_count("batch_size", batch_size)
         positions = self.config.n_positions
-        decoder = self._decoder(batch_size, positions)
-        return Batch(self._row, decoder, Limits(positions, frozenset()), self._give_back, batch_size)
+        room = partial(explained, *self._room(batch_size, positions))
+        with room():
+            decoder = self._decoder(batch_size, positions)
+        return Batch(self._row, decoder, Limits(positions, frozenset()), self._give_back, batch_size, room)
 
     def warm_up(self, batch_size: int = 1) -> float:
         """Compiles and captures what so many rows need on CUDA, for all calls to come; the seconds that it took.
@@ -254,8 +258,9 @@ class LanguageModel:
         require_count("batch_size", batch_size)
         if not can_capture(self.parameters, self.config):
             return 0.0
-        decoder, started = self._decoder(batch_size, self.config.n_positions), time.perf_counter()
-        decoder.warm_up()
+        with explained(*self._room(batch_size, self.config.n_positions)):
+            decoder, started = self._decoder(batch_size, self.config.n_positions), time.perf_counter()
+            decoder.warm_up()
         self._give_back(decoder)
         return time.perf_counter() - started
 

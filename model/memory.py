@@ -16,7 +16,7 @@ from model import gpt2
 from model.config import GPT2Config
 from model.decoder import CHUNK
 from model.device import WIDTHS, Device, NumpyDevice, sees_gpu
-from model.graph import is_capturable
+from model.graph import is_capturable, prompt_sizes
 from model.parameters import padded_sizes
 
 #: Whose memory: NumPy's, that of plain torch on the CPU, or a GPU's.
@@ -56,8 +56,10 @@ class Ledger:
         weights: with the padded rows of token tables, and each parameter's alignment.
         kv_cache: keys and values. Captured decoding on CUDA has room for all of the model's positions,
             whatever the context is; NumPy keeps float32.
-        activations: what stands between the ops where it is most, in the prefill of one row.
-        logits: of the position of each row that is unembedded.
+        activations: what stands between the ops where it is most, in the prefill of one row; captured, with what
+            prompts are filled up with.
+        logits: of the position of each row that is unembedded; captured, also one row for each length that prompts
+            of `context` tokens or less are filled up to.
         workspace: what the ops keep beside that: on the CPU BLAS's packed blocks, attention's scores, widened
             weights; on CUDA the partial results of decode attention.
         slack: what torch's allocator holds on to beyond what it was asked for; a guess from its rules.
@@ -135,13 +137,13 @@ def predict(
     width = 4 if place == "numpy" else WIDTHS[dtype]  # of what is computed
     captured = place == "cuda" and is_capturable(config)
     positions = config.n_positions if captured else context
-    tokens = min(context, CHUNK)
-    vocabulary = math.ceil(config.vocab_size / 64) * 64
+    sizes = prompt_sizes(context, positions) if captured else []
+    tokens = max([min(context, CHUNK), *sizes])
     ledger = {
         "weights": weight_bytes(config, dtype, head=head),
         "kv_cache": 2 * config.n_layer * batch * positions * config.n_embd * width,
         "activations": max(tokens, batch) * _live(config) * width,
-        "logits": batch * vocabulary * width,
+        "logits": (batch + len(sizes)) * _vocabulary(config) * width,
     }
     workspace = slack = 0
     if place == "cuda":
@@ -173,13 +175,24 @@ def _threads() -> int:
     return min(int(asked), os.cpu_count() or 1) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
 
 
-def logits_needs(ledger: Ledger, tokens: int) -> dict[str, int]:
-    """What `LanguageModel.logits` takes, which computes all tokens at once; `ledger` is that of one token."""
-    return {
-        "activations": tokens * ledger.activations,
-        "logits": tokens * ledger.logits,
-        "workspace": ledger.workspace,
+def logits_needs(config: GPT2Config, dtype: str, place: Place, tokens: int) -> dict[str, int]:
+    """What `LanguageModel.logits` takes, which computes all tokens at once."""
+    width = 4 if place == "numpy" else WIDTHS[dtype]
+    # What they are copied to on the way out: CUDA's without padding, torch's as float32.
+    copied = {"numpy": 0, "torch": 4 if width < 4 else 0, "cuda": width}[place]
+    needs = {
+        "activations": tokens * _live(config) * width,
+        "logits": tokens * _vocabulary(config) * (width + copied),
     }
+    if place != "cuda":
+        context = min(tokens, config.n_positions)
+        needs["workspace"] = _host_workspace(config, tokens, context, narrow=place == "numpy" and dtype != "float32")
+    return needs
+
+
+def _vocabulary(config: GPT2Config) -> int:
+    """The numbers in a row of logits, padding counted."""
+    return math.ceil(config.vocab_size / 64) * 64
 
 
 def _live(config: GPT2Config) -> int:

@@ -48,14 +48,19 @@ def explained(device: Device, needs: Mapping[str, int], what: str, remedy: str) 
     try:
         yield
     except Exception as fault:
-        # torch's and CuPy's own have this name; NumPy's is a MemoryError.
-        if not isinstance(fault, MemoryError) and type(fault).__name__ != "OutOfMemoryError":
-            raise
-        if isinstance(fault, OutOfMemoryError):
+        if isinstance(fault, OutOfMemoryError) or not _ran_out(fault):
             raise
         free, predicted = available(device), f"{human(sum(needs.values()))} were predicted"
         left = "" if free is None else f", and {human(free)} are free on {device.name} now"
         raise OutOfMemoryError(f"{what} ran out of memory: {predicted}{left}; {remedy}") from fault
+
+
+def _ran_out(fault: Exception) -> bool:
+    """NumPy has MemoryError; torch and CuPy a name of their own; CUDA and torch's allocator on the CPU a text."""
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
+        return True
+    text = str(fault).lower()
+    return isinstance(fault, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def _machine(root: Path) -> int | None:

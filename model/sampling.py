@@ -86,10 +86,13 @@ class SamplingState:
             "step": step,
         }
         for name, value in values.items():
-            self._arrays[name][row] = value
+            self._arrays[name][row : row + 1] = value  # see `Cache.hold`
         if sampling.repetition_penalty != 1.0:
             if "seen" not in self._arrays:
-                self._arrays["seen"] = self._device.zeros((len(self._settings), self.vocabulary), "bool")
+                # Rows of a length that lets a GPU read each of them wide.
+                padded = -(-self.vocabulary // 64) * 64
+                seen = self._device.zeros((len(self._settings), padded), "bool")
+                self._arrays["seen"] = seen[:, : self.vocabulary]
             self._arrays["seen"][row] = False
             self._arrays["seen"][row, [token for token in seen if token < self.vocabulary]] = True
 

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from model.decoder import Decoder
@@ -68,8 +69,11 @@ class Batch:
         limits: Limits,
         give_back: Callable[[Decoder], None],
         slots: int,
+        room: Callable[[], AbstractContextManager[None]],
     ):
+        """room: explains memory that runs out."""
         self._read, self._decoder, self._limits, self._give_back = read, decoder, limits, give_back
+        self._room = room
         self._waiting: deque[Row] = deque()
         self._entries: dict[Row, Entry] = {}
         self._events: Iterator[tuple[Row, str]] | None = None
@@ -96,12 +100,13 @@ class Batch:
         if self._events is None:
             self._events = run(self._decoder, self._waiting, slots=self._slots, limits=self._limits)
         try:
-            for row, piece in self._events:
-                entry = self._entries[row]
-                if entry.done:
-                    del self._entries[row]
-                if piece or entry.done:
-                    return entry, piece
+            with self._room():
+                for row, piece in self._events:
+                    entry = self._entries[row]
+                    if entry.done:
+                        del self._entries[row]
+                    if piece or entry.done:
+                        return entry, piece
         except BaseException:
             self.close()  # rows of the decoder are in use, and nobody goes on with them
             raise

@@ -121,6 +121,19 @@ def test_the_audits_options_need_the_audit(refused, arguments):
     assert "give --audit too" in line
 
 
+def test_an_output_matrix_of_its_own_is_counted_and_said(tmp_path, run):
+    every = tensors()
+    every["lm_head.weight"] = every["wte.weight"].copy()
+    tied = json.loads(run("check", "--audit", make(tmp_path / "tied", CONFIG, dict(every)), "--json")[1])
+    every["lm_head.weight"].flat[5] = 1e9
+    own = make(tmp_path / "own", CONFIG, every)
+    document = json.loads(run("check", "--audit", own, "--json")[1])
+    assert "lm_head.weight" not in tied["audit"]["tensors"]
+    assert document["audit"]["tensors"]["lm_head.weight"]["overflowed"] == 1
+    assert (tied["notices"], len(document["notices"])) == ([], 1)
+    assert f"{len(every)} tensors fit the config" in run("check", "--audit", own)[1]
+
+
 def test_a_dtype_that_is_not_audited_is_refused(refused):
     (line,) = refused("check", BUNDLED, "--audit", "--dtype", "float32")
     assert line == "error: --dtype must be float16 or bfloat16, got 'float32'"

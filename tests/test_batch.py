@@ -5,6 +5,8 @@ import torch
 
 import model
 from model import ModelError
+from model.decoder import Decoder
+from model.errors import OutOfMemoryError
 
 PROMPTS = [
     ("And Moses said unto", {"max_new_tokens": 12}),
@@ -99,6 +101,22 @@ def test_an_error_of_the_model_closes_the_batch():
             next(batch)
         with pytest.raises(ModelError, match="closed"):
             next(batch)
+
+
+def test_memory_that_runs_out_is_explained(monkeypatch):
+    lm = model.load("tiny-gpt2", device="cpu")
+
+    def fails(*arguments, **options):
+        raise MemoryError
+
+    with lm.batch(3) as batch:
+        batch.add("a")
+        monkeypatch.setattr(Decoder, "start", fails)
+        with pytest.raises(OutOfMemoryError, match=r"3 rows of up to 512 tokens ran out .*predicted.*reduce batch"):
+            next(batch)
+    monkeypatch.setattr(Decoder, "__init__", fails)
+    with pytest.raises(OutOfMemoryError, match="ran out of memory"):
+        lm.batch(3)
 
 
 def test_without_graphs_there_is_nothing_to_warm_up(lm):

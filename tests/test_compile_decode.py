@@ -3,19 +3,22 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from bench import cost_card
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
-from gpukernels.compile_report.recording import stand_in
+from gpukernels.compile_report.recording import _CallLaunchers, stand_in
 from gpukernels.launches import dependent_launches
 from gpukernels.library.registry import LAUNCHERS
-from model import PRESETS
+from model import PRESETS, GPT2Config
 from model.decoder import Decoder
 from model.device import TorchDevice
 from model.gpt2 import slots
+from model.graph import GraphDecoder
 from model.parameters import Parameters
-from model.sampling import DRAWING, FILTERS, PENALTY
+from model.sampling import DRAWING, FILTERS, PENALTY, Sampling
 
 SPILL = 16
 
@@ -35,15 +38,16 @@ def decoder_of(preset: str, dtype: str, *, rows: int) -> Decoder:
     return decoder
 
 
-EVERY = [(preset, "float16") for preset in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")] + [("gpt2", "float32")]
-
-
 @pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize(("preset", "dtype"), EVERY)
-def test_five_launches_a_layer_and_three_beside(preset, dtype, rows):
-    launches = record(lambda: step(preset, dtype, rows=rows), capability=90)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_five_launches_a_layer_and_three_beside(monkeypatch, preset, dtype, rows):
+    names = []
+    # What is launched, and nothing is compiled for it.
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *arguments, **options: names.append(kernel.fn.__name__))
+    with stand_in(90), _CallLaunchers():
+        step(preset, dtype, rows=rows)
     layers = PRESETS[preset].n_layer
-    names = [launch.kernel for launch in launches]
     few, attention = "_few_rows_kernel", "_decode_head_kernel"
     assert names == [few, attention, few, few, few] * layers + ["_norm_forward_kernel", few, "_sample_kernel"]
 
@@ -80,6 +84,28 @@ def test_nothing_but_kernels_of_ours_is_launched(what):
             decoder._read(0, prompt[:1], prompt[1:], config.n_positions)
     assert len(launches) >= 5 * config.n_layer
     assert {name.removeprefix("aten::") for name in seen.names} <= VIEWS
+
+
+def test_after_a_warm_up_no_row_and_no_setting_compiles_a_kernel(monkeypatch):
+    """Compiling takes a second: a row that joins, wherever it does and whatever it asks for, must not wait for it."""
+    config = GPT2Config(vocab_size=1001, n_positions=64, n_embd=64, n_layer=1, n_head=1)
+    place = TorchDevice("meta")
+    monkeypatch.setattr(place, "fetch", lambda tokens: None)
+    parameters = Parameters(slots(config), place, "float16")
+    decoder = GraphDecoder(parameters, config, rows=6, capacity=64, capture=lambda step: (lambda: None, step()))
+    wanted = set()
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, fn, key, **rest: wanted.add((fn.name, key)) or True)
+    with stand_in(90), _CallLaunchers():
+        decoder.warm_up()
+        warm = set(wanted)
+        for sampling in (Sampling(), Sampling(temperature=0.5), Sampling(temperature=1.0, top_k=4, top_p=0.5)):
+            for row in (5, *range(5)):  # the last one is in use while the others start
+                decoder.start(row, [1] * (3 + 9 * row), sampling)
+            for row in reversed(range(6)):
+                decoder.step(row + 1)
+                decoder.release(row)
+    assert wanted == warm
+    assert {name.rpartition(".")[2] for name, _ in warm} >= {"_sample_kernel", "_append_kernel", "_few_rows_kernel"}
 
 
 @pytest.mark.parametrize("rows", [1, 64])

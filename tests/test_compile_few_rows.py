@@ -1,6 +1,9 @@
 """What makes the few-row kernel what it is, read off its machine code."""
 
+from functools import partial
+
 import pytest
+import torch
 from workloads import few, few_rows_of_gpt2
 
 from gpukernels.compile_report import CHIPS, record
@@ -37,6 +40,14 @@ def test_few_rows_load_16_bytes_and_exchange_none(capability, N, K, norm, loads,
     assert launch.compiled.count("LDG.E.128") == loads + norm_loads
     assert launch.compiled.tensor_core_instructions == products
     assert launch.compiled.count("LDSM") == 0
+
+
+@pytest.mark.parametrize("capability", CHIPS)
+def test_the_widest_norm_in_front_of_a_product_in_float32_finds_registers(capability):
+    step = partial(few, 1, 6400, 1600, dtype=torch.float32, activation="gelu_new")
+    (launch,) = record(step, capability=capability)
+    assert launch.compiled.spilled_bytes <= 16
+    assert launch.compiled.shared_memory <= CHIPS[capability].shared_memory
 
 
 @pytest.mark.parametrize("capability", [90, 100])

@@ -5,8 +5,13 @@ import pytest
 import torch
 from choice import choose, uniform
 from decoding import CONFIG, REQUESTS, check_a_row_that_is_not_finite, decoder_of, generated, lively
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.graph import _variant, can_capture
+from model.decoder import Decoder
+from model.device import TorchDevice
+from model.gpt2 import slots
+from model.graph import GraphDecoder, _variant, can_capture
+from model.parameters import Parameters
 from model.sampling import DRAWING, FILTERS, PENALTY, Sampling, SamplingState
 
 devices = pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=["numpy", "torch"])
@@ -96,6 +101,41 @@ def test_arguments_of_few_kinds():
     assert _variant(("temperature", "top_k")) == _variant(DRAWING) == (*DRAWING, *FILTERS)
     assert _variant(PENALTY) == PENALTY
     assert _variant((*DRAWING, *PENALTY)) == (*DRAWING, *FILTERS, *PENALTY)
+
+
+class Transfers(TorchDispatchMode):
+    """The copies from the host: on a GPU each of them, but from pinned memory, waits for all that was started."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        sources = [each for each in args if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
+        if op.name() in ("aten::copy_", "aten::_to_copy") and sources and result.device.type == "meta":
+            self.shapes.append(tuple(sources[0].shape))
+        return result
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+def test_nothing_but_a_prompt_is_copied_from_the_host(monkeypatch, captured):
+    place = TorchDevice("meta")
+    monkeypatch.setattr(place, "fetch", lambda tokens: None)
+    options = {"rows": 3, "capacity": CONFIG.n_positions}
+    if captured:
+        options["capture"] = lambda function: (lambda: None, function())
+    decoder = (GraphDecoder if captured else Decoder)(Parameters(slots(CONFIG), place, "float16"), CONFIG, **options)
+    if captured:
+        decoder.warm_up()
+    sampling = Sampling(temperature=0.8, top_k=9)
+    with Transfers() as transfers:
+        decoder.start(1, [1, 2, 3], sampling, seed=1)
+        assert transfers.shapes == ([(2, 16)] if captured else [(1, 3)] * 2)
+        decoder.step(2)
+        decoder.move(1, 0)
+        decoder.release(1)
+        assert len(transfers.shapes) == 2 - captured
 
 
 def test_only_cuda_has_graphs():

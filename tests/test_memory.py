@@ -15,8 +15,9 @@ from model.decoder import Decoder
 from model.device import choose_device
 from model.errors import ContextError, ModelError, OutOfMemoryError
 from model.footprint import footprint
+from model.graph import filled_up, prompt_sizes
 from model.load import BUNDLED
-from model.memory import LOADING, largest, predict, weight_bytes
+from model.memory import LOADING, largest, logits_needs, predict, weight_bytes
 
 PUBLISHED = {"gpt2": (498e6, 249e6), "gpt2-medium": (1.42e9, 0.71e9), "gpt2-large": (3.10e9, 1.55e9)}
 PUBLISHED["gpt2-xl"] = (6.23e9, 3.12e9)
@@ -52,6 +53,34 @@ def test_on_torch_keys_and_values_have_the_dtype_of_the_weights_and_on_cuda_room
         assert found == [2 * 12 * 8 * tokens * 768 * each for tokens, each in ((256, 4), (256, width), (1024, width))]
     wide = dataclasses.replace(SMALL, n_embd=1028, n_head=4)  # heads of 257 have no kernel, and are not captured
     assert predict(wide, "float16", "cuda", context=2).kv_cache == 2 * 6 * 2 * 1028 * 2
+
+
+@pytest.mark.parametrize("context", [1, 100, 128, 500, 1024])
+def test_captured_prompts_are_counted_as_they_are_filled_up_each_with_its_logits(context):
+    config, width = PRESETS["gpt2"], 2
+    filled = min(size for size in (16, 32, 64, 128, 256, 512, 1024) if size >= context)
+    graphs = len([size for size in (16, 32, 64, 128, 256, 512, 1024) if size <= filled])
+    ledger = predict(config, "float16", "cuda", batch=3, context=context)
+    assert ledger.activations == filled * (7 + 4) * 768 * width
+    assert ledger.logits == (3 + graphs) * 50304 * width
+    assert predict(config, "float16", "torch", batch=3, context=context).logits == 3 * 50304 * width
+    # All tokens at once are not filled up.
+    assert logits_needs(config, "float16", "cuda", 5) == {
+        "activations": 5 * 11 * 768 * width,
+        "logits": 5 * 50304 * 2 * width,
+    }
+
+
+def test_the_decoder_captures_the_prompts_that_the_ledger_counts():
+    assert prompt_sizes(1, 1024) == [16]
+    assert prompt_sizes(17, 1024) == [16, 32]
+    assert prompt_sizes(40, 40) == [16, 32, 40]
+    assert prompt_sizes(7, 7) == [7]
+    assert prompt_sizes(3000, 4096) == [16, 32, 64, 128, 256, 512, 1024, 2048]
+    assert prompt_sizes(1500, 1500) == [16, 32, 64, 128, 256, 512, 1024, 1500]
+    for tokens in range(1, 300):
+        assert filled_up(tokens, 300) in prompt_sizes(tokens, 300)
+        assert max(prompt_sizes(tokens, 300)) == filled_up(tokens, 300)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -90,6 +119,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
         (PRESETS["gpt2"], "float16", 2, 64),
         (SMALL, "float32", 8, 512),
         (SMALL, "float32", 1, 16),
+        (SMALL, "float32", 1, 1),
     ],
 )
 def test_resident_memory_grows_as_predicted_within_a_twentieth(config, dtype, batch, context):
@@ -214,13 +244,19 @@ class _TorchsError(RuntimeError):
 _TorchsError.__name__ = "OutOfMemoryError"
 
 
-@pytest.mark.parametrize("kind", [MemoryError, _TorchsError])
-def test_memory_that_runs_out_all_the_same_is_explained(monkeypatch, free, kind):
+OUT = "CUDA out of memory. Tried to allocate 20.00 MiB"
+# As torch's accelerators, Triton's driver and torch's allocator on the CPU say it.
+SAID = [(RuntimeError, "CUDA error: out of memory"), (RuntimeError, "Triton Error [CUDA]: out of memory")]
+SAID += [(RuntimeError, "DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes. Error code 12")]
+
+
+@pytest.mark.parametrize(("kind", "text"), [(MemoryError, OUT), (_TorchsError, OUT), *SAID])
+def test_memory_that_runs_out_all_the_same_is_explained(monkeypatch, free, kind, text):
     lm = model.from_config(SMALL, device="cpu")
     free(10**9)
 
     def fails(*arguments, **options):
-        raise kind("CUDA out of memory. Tried to allocate 20.00 MiB")
+        raise kind(text)
 
     monkeypatch.setattr(Decoder, "start", fails)
     with pytest.raises(
@@ -263,7 +299,7 @@ def test_what_fits_a_named_gpu(run):
     assert code == 0
     assert f"room for a batch of {batch} at 1024 tokens" in text
     assert "1.00 GB are set aside for CUDA itself: an allowance, not measured" in text
-    _, text, _ = run("memory", "gpt2-xl", "--gpu", "4.5GB", "--dtype", "float32")
+    _, text, _ = run("memory", "gpt2-xl", "--gpu", "4.5 gb", "--dtype", "float32")
     assert "has no room for one row of 1024 tokens" in text
 
 

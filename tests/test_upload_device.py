@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import weakref
 
 import numpy as np
 import pytest
@@ -77,6 +78,28 @@ def test_a_tensor_goes_through_torchs_memory_and_cupys_launches(device, transpos
     assert upload.finish() == [count_losses(source, "F32", "float16")]
     result = out.numpy().T if transposed else out.numpy()
     np.testing.assert_array_equal(result, wanted(source, "F32", "float16"))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
+def test_the_host_grows_by_two_pinned_buffers_and_the_device_by_one(device, monkeypatch):
+    made, allocate = [], torch.empty
+
+    def empty(*shape, pin_memory=False, device=None, **rest):
+        memory = allocate(*shape, **rest)
+        made.append(("host" if pin_memory else device.type, memory.nbytes, weakref.ref(memory)))
+        return memory
+
+    monkeypatch.setattr(torch, "empty", empty)
+    source, nbytes = samples("F32")[: 500 * 96].reshape(-1, 96), 1 << 12
+    upload = Upload(device.Cuda(torch.device("cuda")), 6, dtype="float16", nbytes=nbytes)
+    outs = [torch.from_numpy(np.empty(source.shape, np.float16)) for _ in range(6)]
+    for out in outs:
+        upload.add(reader(source), "F32", source.shape, out, transposed=False)
+    upload.finish()
+    assert [each[:2] for each in made] == [("host", nbytes)] * 2 + [("cuda", nbytes)]
+    assert all(memory() is not None for *_, memory in made), "the device may still read them"
+    del upload
+    assert all(memory() is None for *_, memory in made)
 
 
 def test_cupy_is_given_torchs_stream():

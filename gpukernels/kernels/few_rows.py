@@ -59,6 +59,9 @@ _PASS = 2048
 # A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
 # multiprocessor: with more of them, a launch of its own is cheaper.
 _NORMS = 4
+# Bytes of a row in float32, which has the weight in shared memory, beside which a norm still finds registers: all
+# 255 of them (no spills on sm_80 to sm_100). So rows up to GPT-2 XL's take no launch more than 16-bit ones.
+_HELD_NORMED = 6400
 
 
 def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
@@ -71,6 +74,8 @@ def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
     stages = 3 if itemsize == 2 else 1
     if held <= _HELD[8]:
         return FewRowsTile(BLOCK_N, 8, stages, 1, norm and cdiv(N, BLOCK_N) <= _NORMS * multiprocessors)
+    if norm and itemsize == 4 and held <= _HELD_NORMED and cdiv(N, 8) <= 2 * _NORMS * multiprocessors:
+        return FewRowsTile(8, 8, stages, 1, True)
     if held <= _HELD[16] and cdiv(N, 8) <= multiprocessors:  # 16 warps have a multiprocessor to themselves
         return FewRowsTile(8, 16, 2 if itemsize == 2 else 1, 1, False)
     return FewRowsTile(8, 8, stages, cdiv(held, _PASS), False)

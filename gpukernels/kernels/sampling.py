@@ -183,7 +183,12 @@ def _between_0_and_1(x):
     return tl.where(x > 0, tl.minimum(x, 1.0), 0.0)
 
 
-@triton.jit
+# What has one value a row may begin at any row: one binary serves them all.
+_VALUES = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "penalty_ptr"]
+_VALUES += ["uniform_ptr", "seed_ptr", "stream_ptr", "step_ptr", "lengths_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_VALUES)
 def _sample_kernel(
     x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
     uniform_ptr, seed_ptr, stream_ptr, step_ptr, token_ptr,

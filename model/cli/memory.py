@@ -150,8 +150,8 @@ def _bytes_of(gpu: str) -> int:
     """Of a GPU's name, or of a number with or without a unit."""
     number, factor = gpu.strip(), 1
     for unit, size in _UNITS.items():
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit).strip(), size
+        if number.lower().endswith(unit.lower()):
+            number, factor = number[: -len(unit)].strip(), size
             break
     if number.replace(".", "", 1).isdecimal():
         return int(float(number) * factor)
@@ -197,7 +197,7 @@ def _details(rows: list[_Row], limit: str | None) -> None:
         if row.measured and row.measured.load_seconds:
             rate = row.measured.load_bytes / row.measured.load_seconds / 1e9
             console.print(
-                f"{row.predicted.dtype}: loaded {human(row.measured.load_bytes)} at {rate:.2f} GB/s, "
+                f"{row.predicted.dtype}: loaded {human(row.measured.load_bytes)} at {rate:.3g} GB/s, "
                 f"at most {human(row.measured.loading)} meanwhile",
                 soft_wrap=True,
             )

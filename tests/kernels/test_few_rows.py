@@ -112,14 +112,14 @@ def test_activations_at_their_ends(activation):
 
 
 def wide(kind):
-    """K just up to and just past what 8 warps hold, what 16 hold, and several passes."""
+    """K just up to and just past what 8 warps hold, what they hold beside a norm, what 16 hold; several passes."""
     size = kind.array(0.0).element_size()
-    held, most = kernels._HELD[8] // size, kernels._HELD[16] // size
-    return [held, held + 1, most, most + 1, 2 * most + 77]
+    held, normed, most = kernels._HELD[8] // size, kernels._HELD_NORMED // size, kernels._HELD[16] // size
+    return [held, held + 1, normed, normed + 1, most, most + 1, 2 * most + 77]
 
 
 @kinds
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(7))
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "alone"])
 def test_long_rows(kind, which, norm):
     K = wide(kind)[which]
@@ -140,6 +140,12 @@ def test_the_tile_is_of_the_weight_and_the_device(monkeypatch):
     assert few_rows_tile(1280, 5120, 2, norm=False) == FewRowsTile(8, 8, 3, 5, False)
     assert few_rows_tile(1024, 4096, 2, norm=False) == FewRowsTile(8, 16, 2, 1, False)
     assert few_rows_tile(768, 3072, 4, norm=False) == FewRowsTile(8, 8, 1, 6, False)
+    # In float32 a norm stays in the prologue up to GPT-2 XL, but not before the unembedding.
+    for C in (1024, 1280, 1600):
+        for N in (3 * C, 4 * C):
+            assert few_rows_tile(N, C, 4, norm=True) == FewRowsTile(8, 8, 1, 1, True)
+            assert few_rows_tile(N, C, 4, norm=False) == FewRowsTile(8, 8, 1, -(-C // 512), False)
+        assert not few_rows_tile(50304, C, 4, norm=True).fused
     for N in (1, 8, 50, 768, 50304):
         for K in (0, 1, 31, 768, 1664, 1665, 4096, 4097, 50000):
             for size in (2, 4):

@@ -11,7 +11,8 @@ import triton.language as tl
 from gpukernels.kernels.device import cdiv
 
 
-@triton.jit
+# One binary for whichever row `lengths` begins at.
+@triton.jit(do_not_specialize_on_alignment=["lengths_ptr"])
 def _append_kernel(
     new_k_ptr, new_v_ptr, k_ptr, v_ptr, lengths_ptr,
     T, S, D, stride_new_kb, stride_new_kt, stride_new_kh, stride_new_vb, stride_new_vt, stride_new_vh,

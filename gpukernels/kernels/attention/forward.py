@@ -73,7 +73,8 @@ def _attend(
     return acc, m, total
 
 
-@triton.jit
+# One binary for whichever row of a cache `lengths` begins at.
+@triton.jit(do_not_specialize_on_alignment=["lengths_ptr"])
 def _attention_forward_kernel(
     q, k, v, out_ptr, lse_ptr, lengths_ptr, bounds_ptr,
     T, S, H, GROUP, scale,
