@@ -7,12 +7,13 @@ and the model benchmarks. After each part the results so far are written to benc
 one Markdown file, named by GPU and date, so that a run that is cut short leaves what it has.
 """
 
+import contextlib
 import json
 import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,8 +45,12 @@ def main(
         _refuse("there is no NVIDIA GPU here (nvidia-smi finds none); --dry-run lists what would run")
     if not folder.is_dir():
         _refuse(f"there is no folder {folder}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part does not outlive this
-    measured(wanted, limit, folder, here)
+    for end in (signal.SIGTERM, signal.SIGHUP):  # so that a part does not outlive this
+        signal.signal(end, lambda number, _: sys.exit(128 + number))
+    try:
+        measured(wanted, limit, folder, here)
+    except (OSError, ValueError) as fault:  # before the first part
+        _refuse(str(fault))
 
 
 def listed(wanted: Sequence[Part], limit: float) -> None:
@@ -64,32 +69,70 @@ def listed(wanted: Sequence[Part], limit: float) -> None:
 def measured(wanted: Sequence[Part], limit: float, folder: Path, here: dict[str, Any]) -> Path:
     """Runs the parts, and writes the three files before the first and after each; returns the JSON file.
 
-    Parts that an earlier run of this GPU and day has in the file, and this one has not, stay there.
+    Parts that an earlier run of this GPU and day has in the file, and this one has not, stay there. While a part
+    runs, the JSON has what it has found so far.
+
+    Raises:
+        OSError: the first files cannot be written.
+        ValueError: the JSON file is there, and is something else.
     """
     end = time.monotonic() + limit
     stem = re.sub(r"[^a-z0-9]+", "-", here["gpu"]["name"].lower()).strip("-")
     path = folder / f"gpu-{stem}-{here['date']}.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else []
-    found = {part["name"]: part for part in kept}
+    found = {part["name"]: part for part in _kept(path)}
     found |= {part.name: {"name": part.name, "command": shown(part), "state": "waiting"} for part in wanted}
     document = {"bench": "gpu", "machine": here, "limit": limit}
-    written(path, document | {"parts": list(found.values())})
+
+    def now() -> dict[str, Any]:
+        return document | {"parts": list(found.values())}
+
+    def keep(one: dict[str, Any]) -> None:
+        found[one["name"]] = one | {"commit": here["commit"]}
+        with _told():
+            write_json(path, now())
+
+    written(path, now())
     for part in wanted:
-        found[part.name] = one = run(part, end - time.monotonic()) | {"commit": here["commit"]}
-        written(path, document | {"parts": list(found.values())})
+        try:
+            keep(run(part, end - time.monotonic(), keep))
+        finally:
+            with _told():
+                written(path, now())
+        one = found[part.name]
         print(f"{part.name}: {one['state']}, {one.get('seconds', 0):.0f} s", flush=True)
     print(f"{path}\n{path.with_suffix('.html')}\n{path.with_suffix('.md')}")
     return path
 
 
 def written(path: Path, document: dict[str, Any]) -> None:
-    """The JSON first: the other two are made of it."""
+    """The JSON first: the other two are made of it, and where one cannot be, the run goes on without."""
     from bench import gpu_page, readme
 
     write_json(path, document)
-    gpu_page.page(document).write(path.with_suffix(".html"))
-    text = f"# GPU run\n\n{in_words(document['machine'])}\n\n{readme.gpu_run(document)}\n"
-    write_text(path.with_suffix(".md"), text)
+    with _told():
+        write_text(path.with_suffix(".html"), gpu_page.page(document).html)
+    with _told():
+        text = f"# GPU run\n\n{in_words(document['machine'])}\n\n{readme.gpu_run(document)}\n"
+        write_text(path.with_suffix(".md"), text)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong is said, and no end of the run: figures are there that cannot be had again."""
+    try:
+        yield
+    except Exception as fault:
+        print(f"not written: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
+
+
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """The parts of an earlier run."""
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["parts"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} has no GPU run in it, and is in the way") from None
 
 
 def _refuse(problem: str) -> None:

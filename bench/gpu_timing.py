@@ -33,6 +33,7 @@ class Device(Protocol):
     def launched(self, calls: Sequence[Call], times: int) -> Clock: ...
     def peak(self, call: Call) -> tuple[int, float]: ...
     def release(self) -> None: ...
+    def alive(self) -> bool: ...
 
 
 def copies(touched: int, held: int, device: Device) -> int:
@@ -87,7 +88,7 @@ class Cuda:
                         kept[i] = call()
         except Exception:
             # To torch before 2.12 a capture that failed is still under way, and its cache cannot be emptied any more.
-            with contextlib.suppress(RuntimeError):  # later ones have ended it
+            with contextlib.suppress(RuntimeError, AttributeError):  # later ones have ended it
                 torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
             raise
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,7 +117,16 @@ class Cuda:
 
     def release(self) -> None:
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a device that is not alive, as every call's
+            torch.cuda.empty_cache()
+
+    def alive(self) -> bool:
+        """Whether this process can go on: a kernel that reads memory that is not there ends CUDA in it for good."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
 
 def _launched(calls: Sequence[Call], times: int, synchronize: Callable[[], None]) -> Clock:

@@ -1,11 +1,8 @@
 """The page of `bench.kernels`: speed by shape against rivals, the roofline plot, all figures, machine and versions."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from bench import kernel_tables, targets
 from bench.kernel_rows import Roofs
@@ -13,6 +10,9 @@ from bench.report import in_words
 from bench.rivals import OURS
 from gpukernels.compile_report import GPUS
 from model.page import Page
+
+if TYPE_CHECKING:  # without it a page has tables only
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -46,13 +46,11 @@ def add_measured(page: Page, document: dict[str, Any]) -> None:
     timed = [row for row in rows if "seconds" in row]
     if timed:
         page.heading("Roofline")
-        with matplotlib.rc_context(_STYLE):
-            page.plot(_measured_roofline(timed, roofs), "Every shape and pass: ours filled, the best rival hollow.")
+        caption = "Every shape and pass: ours filled, the best rival hollow."
+        _plot(page, lambda: _measured_roofline(timed, roofs), caption)
         page.heading("Speed against rivals")
-    with matplotlib.rc_context(_STYLE):
-        for op in dict.fromkeys(row["op"] for row in timed):
-            figure = _bars([row for row in timed if row["op"] == op])
-            page.plot(figure, f"{op}: higher is faster. Cold L2 cache, CUDA graph.")
+    for op, group in _by_op(timed).items():
+        _plot(page, lambda group=group: _bars(group), f"{op}: higher is faster. Cold L2 cache, CUDA graph.")
     page.heading("All figures")
     page.text(kernel_tables.NOTES)
     for table in kernel_tables.measured(rows):
@@ -69,16 +67,30 @@ def predicted(document: dict[str, Any]) -> Page:
     page.text(in_words(document["machine"]))
     rows = document["rows"]
     page.heading("Roofline")
-    with matplotlib.rc_context(_STYLE):
-        page.plot(_predicted_roofline(rows), "Every shape and pass, at the roof of the H100 (by data sheet).")
-        page.heading("Least time")
-        for op in dict.fromkeys(row["op"] for row in rows):
-            figure = _least_times([row for row in rows if row["op"] == op])
-            page.plot(figure, f"{op}: least time by data sheet, lower is faster.")
+    caption = "Every shape and pass, at the roof of the H100 (by data sheet)."
+    _plot(page, lambda: _predicted_roofline(rows), caption)
+    page.heading("Least time")
+    for op, group in _by_op(rows).items():
+        _plot(page, lambda group=group: _least_times(group), f"{op}: least time by data sheet, lower is faster.")
     page.heading("All figures")
     for table in kernel_tables.predicted(rows):
         _table(page, table)
     return page
+
+
+def _plot(page: Page, draw: Callable[[], "Figure"], caption: str) -> None:
+    """A plot, or the reason why there is none."""
+    if find_spec("matplotlib") is None:
+        page.text(f"(No plot, as matplotlib is not installed: {caption})")
+        return
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        page.plot(draw(), caption)
+
+
+def _by_op(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {op: [row for row in rows if row["op"] == op] for op in dict.fromkeys(row["op"] for row in rows)}
 
 
 def _table(page: Page, table: kernel_tables.Table) -> None:
@@ -89,8 +101,11 @@ def _table(page: Page, table: kernel_tables.Table) -> None:
         page.text(note)
 
 
-def _roofline(rows: Sequence[Row], roofs: Sequence[tuple[str, float, float]]) -> tuple[Figure, Any]:
+def _roofline(rows: Sequence[Row], roofs: Sequence[tuple[str, float, float]]) -> tuple["Figure", Any]:
     """Axes with a line for each roof, (name, bytes a second, operations a second): no kernel is above its own."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     ax = figure.add_subplot()
     ax.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s", xlim=(0.05, 8e3))
@@ -109,6 +124,8 @@ def _roofline(rows: Sequence[Row], roofs: Sequence[tuple[str, float, float]]) ->
 
 
 def _op_colors(rows: Sequence[Row]) -> dict[str, Any]:
+    import matplotlib
+
     ops = dict.fromkeys(row["op"] for row in rows)
     return dict(zip(ops, matplotlib.colormaps["tab20"].colors, strict=False))
 
@@ -119,7 +136,7 @@ def _point(ax: Any, row: Row, seconds: float, color: Any, *, filled: bool = True
     ax.plot(*at, _MARKS[row["direction"]], markerfacecolor=face, markeredgecolor=color, markersize=6, alpha=0.85)
 
 
-def _predicted_roofline(rows: Sequence[Row]) -> Figure:
+def _predicted_roofline(rows: Sequence[Row]) -> "Figure":
     by_speed = sorted(GPUS.values(), key=lambda gpu: -gpu.bandwidth)
     figure, ax = _roofline(rows, [(gpu.name, gpu.bandwidth, gpu.tensor_flops) for gpu in by_speed])
     colors = _op_colors(rows)
@@ -128,7 +145,7 @@ def _predicted_roofline(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _measured_roofline(rows: Sequence[Row], roofs: Roofs) -> Figure:
+def _measured_roofline(rows: Sequence[Row], roofs: Roofs) -> "Figure":
     rows = [row for row in rows if row["flops"]]
     figure, ax = _roofline(rows, [("measured", roofs.bandwidth, roofs.tensor_flops)])
     colors = _op_colors(rows)
@@ -139,8 +156,10 @@ def _measured_roofline(rows: Sequence[Row], roofs: Roofs) -> Figure:
     return figure
 
 
-def _bars(rows: Sequence[Row]) -> Figure:
+def _bars(rows: Sequence[Row]) -> "Figure":
     """One op: a panel for every pass, a group of bars for every shape, a bar for every provider."""
+    from matplotlib.figure import Figure
+
     directions = list(dict.fromkeys(row["direction"] for row in rows))
     shapes = list(dict.fromkeys((row["model"], row["shape"]) for row in rows))
     names = list(dict.fromkeys(row["provider"] for row in rows))
@@ -169,7 +188,7 @@ def _bars(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _least_times(rows: Sequence[Row]) -> Figure:
+def _least_times(rows: Sequence[Row]) -> "Figure":
     """One op: a panel for every pass, a group of bars for every shape, a bar for every GPU."""
     made = []
     for row in rows:

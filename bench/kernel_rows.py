@@ -97,8 +97,8 @@ def _judged(case: Case, providers: Sequence[Provider], device: Device) -> tuple[
         except torch.OutOfMemoryError:
             device.release()
             truth = gate.true(case, device.kind, torch.float32)
-    except torch.OutOfMemoryError:
-        return {}, {each.name: "no truth to compare with: out of memory" for each in providers}
+    except Exception as fault:  # of this case; others can still be measured
+        return {}, {each.name: f"no truth to compare with: {in_a_line(fault)}" for each in providers}
     verdicts, faults = {}, {}
     for provider in providers:
         try:
@@ -116,7 +116,8 @@ def _entry(case: Case, direction: str, provider: Provider, verdicts: dict, fault
     if provider.name in faults:
         return row | {"fault": faults[provider.name]}
     verdict = verdicts[provider.name][direction]
-    row |= {"error": verdict.error, "of_bound": verdict.of_bound}
+    if math.isfinite(verdict.error) and math.isfinite(verdict.of_bound):  # JSON has no other numbers
+        row |= {"error": verdict.error, "of_bound": verdict.of_bound}
     if not verdict.right:
         row["fault"] = f"wrong answer: {verdict.where} is off by {verdict.of_bound:.3g} times its bound"
     return row
@@ -140,13 +141,19 @@ def _time(
         if graph is not None:
             cold[provider.name] = graph
         entry["graph"] = graph is not None
+    faults: dict[str, Exception] = {}
     for key, each in (("launched_", hosted), ("", cold)):
-        times = interleaved(each, rounds=rounds, pause=0)
+        times = interleaved(each, rounds=rounds, pause=0, faults=faults)
         for name, own in times.items():
             _add(entries[name], key, own, times.get(OURS))
+    for name, fault in faults.items():
+        entries[name]["fault"] = in_a_line(fault)
     for entry in entries.values():
         if "launched_seconds" in entry and not entry["graph"]:  # what there is; marked in tables
             entry |= {key: entry[f"launched_{key}"] for key in ("seconds", "seconds_20_80")}
+        if "fault" in entry:
+            for key in [key for key in entry if "seconds" in key or "speedup" in key]:
+                del entry[key]
 
 
 def _add(entry: Row, key: str, times: Times, ours: Times | None) -> None:

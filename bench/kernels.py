@@ -11,7 +11,9 @@ what the kernels could reach on four GPUs. The last line is the whole as JSON.
 """
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.report import machine, show, write_json
+from bench.report import dumps, machine, show, write_json
 
 _WIDTH = 150  # of the text tables
 
@@ -32,6 +34,7 @@ def main(
     tune: Annotated[str | None, typer.Option(metavar="OP", help="Try tiles of an op on this GPU instead.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="How often each is timed; 20, with --quick 7.")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile among the providers (seconds for each shape).")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what the --json file has; measure the rest.")] = False,
 ) -> None:
     """Measure, print a table for every op, and end with one line of JSON."""
     missing = [name for name in ("torch", "triton") if find_spec(name) is None]
@@ -49,6 +52,7 @@ def main(
                 raise ValueError(f"{file}: there is no folder {file.absolute().parent}")
         if INTERPRETING:
             raise ValueError("kernels are interpreted in this process; start it without TRITON_INTERPRET")
+        earlier = _earlier(json_file) if resume else []
     except ValueError as fault:
         _refuse(str(fault))
     here = torch.cuda.is_available()
@@ -63,22 +67,57 @@ def main(
     if here:
         from bench.gpu_timing import Cuda
 
-        document = run(cases, Cuda(), json_file, rounds=rounds, compiled=compiled)
+        json_file = json_file or Path(tempfile.mkdtemp()) / "kernels.json"
+        try:
+            document = run(cases, Cuda(), json_file, rounds=rounds, compiled=compiled, earlier=earlier)
+        except DeviceLost as fault:
+            # In the place of this process, with the cases that are left: the one that ended CUDA is in the file.
+            print(f"{fault}: CUDA has failed, and the rest is measured in a new process", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            options = [each for each in sys.argv[1:] if each != "--resume"] + ["--resume", "--json", str(json_file)]
+            os.execv(sys.executable, [sys.executable, "-m", "bench.kernels", *options])
     else:
         document = predict_all(cases, json_file)
     if html_file is not None:
         from bench import kernel_page
 
         (kernel_page.measured if here else kernel_page.predicted)(document).write(html_file)
-    print(json.dumps(document))
+    print(dumps(document))
     if any("fault" in row for row in document["rows"] if row.get("provider") == "ours"):
         sys.exit(1)
 
 
+class DeviceLost(Exception):
+    """After the case that it names nothing can be run in this process any more."""
+
+
+def _earlier(json_file: Path | None) -> list[dict]:
+    """The rows of a file; ValueError if it has none."""
+    if json_file is None:
+        raise ValueError("--resume goes with --json")
+    try:
+        return json.loads(json_file.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError) as fault:
+        raise ValueError(f"{json_file}: no figures to go on from: {fault}") from None
+
+
 def run(
-    cases: Sequence[Any], device: Any, json_file: Path | None, *, rounds: int, compiled: bool, **roofs: int
+    cases: Sequence[Any],
+    device: Any,
+    json_file: Path | None,
+    *,
+    rounds: int,
+    compiled: bool,
+    earlier: Sequence[dict] = (),
+    **roofs: int,
 ) -> dict[str, Any]:
-    """Measures the cases on a device (see `bench.gpu_timing`); `roofs` are options of `measured_roofs`."""
+    """Measures the cases on a device (see `bench.gpu_timing`), those that have no rows in `earlier`.
+
+    `roofs` are options of `measured_roofs`.
+
+    Raises:
+        DeviceLost: the file has the rows so far, those of the case that did it too.
+    """
     from bench import kernel_rows, kernel_tables, targets
     from bench.rivals import providers
 
@@ -90,11 +129,14 @@ def run(
     )
     shown: list[dict] = []
     for number, case in enumerate(cases):
-        rows = kernel_rows.measure(case, providers(case.op, compiled=compiled), device, measured, rounds=rounds)
+        rows = [row for row in earlier if all(row[key] == getattr(case, key) for key in ("op", "model", "shape"))]
+        rows = rows or kernel_rows.measure(case, providers(case.op, compiled=compiled), device, measured, rounds=rounds)
         document["rows"] += rows
         document["targets"] = targets.compared(document["rows"], device.name)
         if json_file is not None:
             write_json(json_file, document)
+        if not device.alive():
+            raise DeviceLost(case.name)
         shown += rows
         if number + 1 == len(cases) or cases[number + 1].op != case.op:
             for table in kernel_tables.measured(shown, narrow=True):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ JSON = "{json}"  # in a command: the file that the part keeps its figures in
 
 _TAIL = 40  # lines kept of what a part prints
 _GRACE = 2.0  # seconds between asking a part to end and ending it
+_KILL = 10.0  # seconds that the system has to end it
+_LOOK = 5.0  # seconds between looks at a part's figures
 
 
 class Part(NamedTuple):
@@ -36,26 +39,27 @@ class Part(NamedTuple):
 
 def parts() -> list[Part]:
     """In the order of their worth."""
-    spread = ("--numprocesses", "4") if _there("xdist") else ()
-    # What cannot be imported here (a judge that is not installed) does not keep the rest from running.
-    tests = ("-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider")
-    tests = (*tests, *spread, "tests")
-    command = ("-c", "from model.cli import main; main()")
     kernels = ("-m", "bench.kernels", "--json", JSON)
+    needs = ("torch", "triton")
     return [
-        Part("compile", ("-m", "bench.compiling"), 60, 120),
-        Part("tests", tests, 120, 180, ("pytest",)),
-        Part("verify", (*command, "verify", "--quick", "--json"), 40, 60, ("gpukernels.verify",)),
-        Part("kernels", (*kernels, "--no-compiled", "--rounds", "10"), 120, 200, ("bench.kernels",)),
-        Part("generate", ("-m", "bench.generate", "--json", JSON), 90, 150, ("bench.generate", "transformers")),
-        Part("memory", ("-m", "bench.memory", "--preset", "gpt2", "--rounds", "1"), 40, 60, ("bench.memory",)),
-        Part("train", ("-m", "bench.train"), 60, 90, ("bench.train",)),
-        Part("compiled", (*kernels, "--quick"), 120, 600, ("bench.kernels",)),  # torch.compile, if there is time
+        Part("compile", ("-m", "bench.compiling"), 60, 120, needs),
+        Part("tests", ("-m", "bench.gpu_tests", "--json", JSON), 120, 180, (*needs, "pytest")),
+        Part("verify", ("-m", "bench.verifying", "--json", JSON), 60, 120, needs),
+        Part("kernels", (*kernels, "--no-compiled", "--rounds", "10"), 120, 200, needs),
+        Part("generate", ("-m", "bench.generate", "--json", JSON), 90, 150, (*needs, "transformers")),
+        Part("stages", ("-m", "bench.stages"), 15, 40, needs),
+        Part("memory", ("-m", "bench.memory", "--preset", "gpt2", "--rounds", "1"), 40, 60, ("torch",)),
+        Part("train", ("-m", "bench.train"), 60, 90, needs),
+        Part("compiled", (*kernels, "--quick"), 120, 600, needs),  # torch.compile, if there is time
     ]
 
 
-def run(part: Part, seconds: float) -> dict[str, Any]:
-    """Runs a part for at most so many seconds (and its own most): what it found, even when it was cut short."""
+def run(part: Part, seconds: float, keep: Callable[[dict[str, Any]], None] = lambda found: None) -> dict[str, Any]:
+    """Runs a part for at most so many seconds (and its own most): what it found, even when it was cut short.
+
+    Args:
+        keep: is given what there is whenever the part has written figures, and when this is interrupted.
+    """
     found: dict[str, Any] = {"name": part.name, "command": shown(part)}
     missing = part.missing()
     if missing:
@@ -69,25 +73,51 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
         # From a plain checkout: nothing is installed.
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         start = time.monotonic()
+
+        def left(state: str, code: int | None) -> dict[str, Any]:
+            known = {"state": state, "code": code, "seconds": round(time.monotonic() - start, 1)}
+            return found | known | _left(figures, printed)
+
         with printed.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
-                code = process.wait(limit)
-                state = "done" if code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                code, state = None, "cut short"
+                code = _waited(process, start + limit, figures, lambda: keep(left("running", None)))
+                state = "cut short" if code is None else "done" if code == 0 else "failed"
+            except BaseException:  # Ctrl-C, or a signal: what there is is kept
+                _end(process)
+                keep(left("cut short", None))
+                raise
             finally:
                 _end(process)  # and whatever it has started
-        found |= {"state": state, "code": code, "seconds": round(time.monotonic() - start, 1)}
-        lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
-        result = _parsed(figures.read_text(encoding="utf-8")) if figures.exists() else None
-        if result is None and lines:
-            result = _parsed(lines[-1])
-            lines = lines[:-1] if result is not None else lines
-    return found | {"result": result, "tail": lines[-_TAIL:]}
+        return left(state, code)
+
+
+def _waited(process: subprocess.Popen, end: float, figures: Path, changed: Callable[[], None]) -> int | None:
+    """The exit code, None where the time was up; `changed` is called when there are other figures."""
+    seen = None
+    while True:
+        rest = end - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(_LOOK, rest)))
+        except subprocess.TimeoutExpired:
+            if rest <= _LOOK:
+                return None
+        now = figures.stat().st_mtime_ns if figures.exists() else None
+        if now != seen:
+            seen = now
+            changed()
+
+
+def _left(figures: Path, printed: Path) -> dict[str, Any]:
+    """What a part has found so far, and the last lines of what it has printed."""
+    lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
+    result = _parsed(figures.read_text(encoding="utf-8")) if figures.exists() else None
+    if lines and (last := _parsed(lines[-1])) is not None:
+        result, lines = last if result is None else result, lines[:-1]
+    return {"result": result, "tail": lines[-_TAIL:]}
 
 
 def shown(part: Part) -> str:
@@ -96,7 +126,7 @@ def shown(part: Part) -> str:
 
 def _end(process: subprocess.Popen) -> None:
     """Ends a process and all that it has started: they are one group."""
-    for kind, wait in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
+    for kind, wait in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, _KILL)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, kind)
         with contextlib.suppress(subprocess.TimeoutExpired):

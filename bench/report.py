@@ -8,13 +8,12 @@ Prints what `bench/results/` holds as Markdown (see `bench.readme`), or puts it 
 import csv
 import datetime
 import json
-import os
+import math
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+import model.machine
 
 _PACKAGES = (
     "numpy", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x", "transformers", "liger-kernel", "ctranslate2",
@@ -34,15 +35,11 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 def machine() -> dict[str, Any]:
     """The processor, the GPU, the versions, the commit and the date: a figure means little without them."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {name: version for name in _PACKAGES if (version := model.machine.version(name))}
+    processor = model.machine.processor()
     found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
+        "processor": processor["name"] or platform.machine(),
+        "cores": processor["cores"],
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -62,21 +59,13 @@ def in_words(machine: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
 def _gpu() -> dict[str, Any] | None:
     """The first GPU, as the driver describes it; where nvidia-smi is not there, as torch does."""
     fields = "name,driver_version,compute_cap,memory.total"
     told = _said("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    if told is not None:
-        name, driver, capability, memory = (cell.strip() for cell in next(csv.reader([told])))
+    cells = [] if told is None else [cell.strip() for cell in next(csv.reader([told]))]
+    if len(cells) == 4 and cells[3].isdecimal():  # not "[N/A]", nor a sentence
+        name, driver, capability, memory = cells
         return {"name": name, "driver": driver, "capability": capability, "memory_mib": int(memory)}
     if not _DRIVER.exists() or find_spec("torch") is None:
         return None
@@ -117,9 +106,22 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, w
     Console(highlight=False, width=width).print(table)
 
 
+def dumps(document: Any, *, indent: int | None = None) -> str:
+    """As `json.dumps`; what is not a finite number, which JSON has not, is null."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(file: Path, document: Any) -> None:
     """In the place of what was there, whole at every moment."""
-    write_text(file, json.dumps(document, indent=1) + "\n")
+    write_text(file, dumps(document, indent=1) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:

@@ -105,11 +105,14 @@ def _backends(function: Callable[..., Any]) -> Callable[[], list[Provider]]:
 
 def _liger(name: str, call: Callable[..., Any], *, capturable: bool = True) -> Callable[[], list[Provider]]:
     def made() -> list[Provider]:
-        if find_spec("liger_kernel") is None or not torch.cuda.is_available():
-            return []
+        there = find_spec("liger_kernel") is not None and torch.cuda.is_available()
+        return [Provider("Liger", run, capturable=capturable)] if there else []
+
+    def run(**inputs: torch.Tensor) -> Any:
+        # Here, so that one that cannot be imported is a row of a table, and no end of it.
         import liger_kernel.transformers.functional as liger
 
-        return [Provider("Liger", functools.partial(call, getattr(liger, name)), capturable=capturable)]
+        return call(getattr(liger, name), **inputs)
 
     return made
 

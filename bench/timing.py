@@ -28,19 +28,34 @@ class Times:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int = 1, pause: float = _PAUSE
+    runs: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    pause: float = _PAUSE,
+    faults: dict[str, Exception] | None = None,
 ) -> dict[str, Times]:
     """Runs each once a round, in turn, so that the machine's moods fall on all of them alike.
 
     A run returns the seconds that it took. Each begins after a pause: a runtime's threads go on spinning
     for a while when it has answered (OpenMP's for 200 ms), and would hold the cores of the next one. A GPU
     needs none.
+
+    Args:
+        faults: gets what a run raises, by its name; it has no more turns then, and no times. None: that ends all.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warmup + rounds):
-        for name, run in runs.items():
+        for name in list(seconds):
             time.sleep(pause)
-            elapsed = run()
+            try:
+                elapsed = runs[name]()
+            except Exception as fault:
+                if faults is None:
+                    raise
+                faults[name] = fault
+                del seconds[name]
+                continue
             if number >= warmup:
                 seconds[name].append(elapsed)
     return {name: Times(tuple(values)) for name, values in seconds.items()}

@@ -7,6 +7,7 @@ The truths are in `truth` (and `truth_loss`, `truth_optimizer`), the bound too; 
 plain ops in float64.
 """
 
+from gpukernels.verify.parallel import gather
 from gpukernels.verify.run import DTYPES, OPS, Verdict, dtypes_of, verify
 
-__all__ = ["DTYPES", "OPS", "Verdict", "dtypes_of", "verify"]
+__all__ = ["DTYPES", "OPS", "Verdict", "dtypes_of", "gather", "verify"]

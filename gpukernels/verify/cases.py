@@ -224,6 +224,21 @@ def samples(draw: Draw) -> Iterator[Case]:
         yield Case(f"drawn, of {V}", given)
 
 
+#: What `sample_embed` takes beside what `sample` does.
+STEPPED = ("lengths", "weight", "position_weight", "x")
+
+
+def sample_embeds(draw: Draw) -> Iterator[Case]:
+    """Five rows, one of them not in use, one whose logits overflowed, one past the last position."""
+    for case in samples(draw):
+        logits = case.arrays["logits"].clone()
+        logits[3, 4] = torch.nan
+        given = case.arrays | {"logits": logits, "lengths": draw.ints([1, 0, 5, 3, 40])}
+        given |= draw.named(weight=(logits.shape[1] + 2, 40), x=(5, 1, 40))
+        yield Case(case.name, given)
+        yield Case(f"{case.name}, and positions", given | draw.named(position_weight=(6, 40)))
+
+
 def as_values(kind: str, case: Case, dtype: str, huge: tuple[str, ...]) -> Case:
     """The case with other values: "huge" for the arrays that may be, or "tiny", "zero" and -0 among usual ones."""
     arrays = dict(case.arrays)

@@ -27,7 +27,7 @@ class Compared(NamedTuple):
         """Of each element, in units of its bound; infinite where a number is not one, or should not be one."""
         if tuple(self.found.shape) != self.value.shape or dtype_of(self.found) != self.dtype:
             return np.array([np.inf])
-        found, value = host(self.found), self.value
+        found, value = host(self.found).astype(np.float64), np.asarray(self.value, np.float64)  # bools too
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             error = np.abs(found - value) / self.limit
             same = (found == value) | (np.isnan(found) & np.isnan(value))

@@ -1,5 +1,6 @@
 """Every op on the user's device: which cases are run, and how far each result is from its truth."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import gpukernels
 from gpukernels import numpy_ops
 from gpukernels.kernels.device import INTERPRETING
 from gpukernels.verify import cases
+from gpukernels.verify.allocations import guarded
 from gpukernels.verify.cases import Case, Draw, as_values, laid_out
 from gpukernels.verify.compare import (
     Compared,
@@ -24,7 +26,7 @@ from gpukernels.verify.compare import (
     upstream,
 )
 from gpukernels.verify.layouts import LAYOUTS
-from gpukernels.verify.truth import bound, true_attention
+from gpukernels.verify.truth import TRUTHS, bound, true_attention
 from gpukernels.verify.truth_loss import true_divisor, true_gradients, true_linear_loss
 from gpukernels.verify.truth_optimizer import true_adamw
 
@@ -56,7 +58,6 @@ class Op(NamedTuple):
     forward: Callable[[Case], Iterable[Compared]]
     backward: Callable[[Case], Iterable[Compared]] | None = None
     huge: tuple[str, ...] = ()  # arrays whose values may be large
-    products: bool = False  # of its 16-bit arrays
     written: tuple[str, ...] = ()  # arrays that must lie in memory as they do
 
 
@@ -93,20 +94,31 @@ def _cached_attention(case: Case) -> Iterator[Compared]:
 
 
 def _loss_gradient(case: Case) -> Iterator[Compared]:
-    given = {name: host(array) for name, array in case.arrays.items()}
     logits = case.arrays["logits"].detach().requires_grad_()
     loss = gpukernels.cross_entropy(**(case.arrays | {"logits": logits}), **case.options)
     dloss = upstream(loss)
     (found,) = torch.autograd.grad(loss, logits, dloss)
+    yield _compared_gradient(case, found, host(dloss))
+
+
+def _loss_with_gradient(case: Case) -> Iterator[Compared]:
+    loss, found = gpukernels.cross_entropy_with_gradient(**case.arrays, **case.options)
+    truth = TRUTHS["cross_entropy"](**{name: host(array) for name, array in case.arrays.items()}, **case.options)
+    yield Compared("y", loss, truth.value, bound("float32", truth.length, truth.magnitude), "float32")
+    yield _compared_gradient(case, found, np.ones(()))
+
+
+def _compared_gradient(case: Case, found: Any, factor: np.ndarray) -> Compared:
+    """dlogits; factor: the loss's upstream gradient."""
+    given = {name: host(array) for name, array in case.arrays.items()}
     options = dict(case.options)
-    factor = host(dloss)
     if options.pop("reduction", "mean") == "mean":
         divisor = true_divisor(given["targets"], given.get("weights"))
         factor = factor / divisor if divisor else 0 * factor
     factor = np.broadcast_to(factor, given["targets"].shape)[..., None]
     _, truth = true_gradients(**given, **options)
     limit = bound(dtype_of(found), truth.length + given["targets"].size, abs(factor) * truth.magnitude)
-    yield Compared("dlogits", found, factor * truth.value, limit, dtype_of(logits))
+    return Compared("dlogits", found, factor * truth.value, limit, dtype_of(case.arrays["logits"]))
 
 
 def _linear_loss(case: Case, *, gradients: bool) -> Iterator[Compared]:
@@ -146,39 +158,65 @@ def _sample(case: Case) -> Iterator[Compared]:
     yield Compared("y", found, value.astype(float), np.zeros(()), "int64")
 
 
+def _sample_embed(case: Case) -> Iterator[Compared]:
+    """The tokens, and what a decode step has written for the next one."""
+    given = copied(case.arrays)
+    before = {name: host(array) for name, array in given.items()}
+    drawing = {name: array for name, array in case.arrays.items() if name not in cases.STEPPED}
+    in_use = before["lengths"] > 0
+    tokens = np.where(in_use, numpy_ops.sample(**on_host(drawing)), -1)
+    x, size = before["x"].copy(), abs(before["x"])
+    seen = before["seen"].copy() if "seen" in before else None
+    for row in np.flatnonzero(in_use):
+        parts = [before["weight"][max(tokens[row], 0)]]
+        if "position_weight" in before:
+            table = before["position_weight"]
+            parts.append(table[min(int(before["lengths"][row]), len(table) - 1)])
+        x[row, 0], size[row, 0] = sum(parts), sum(map(abs, parts))
+        if seen is not None and tokens[row] >= 0:
+            seen[row, tokens[row]] = True
+    found = gpukernels.sample_embed(**given, **case.options)
+    yield Compared("y", found, tokens, np.zeros(()), "int64")
+    yield Compared("x", given["x"], x, bound(dtype_of(given["x"]), 1, size), dtype_of(given["x"]))
+    wanted = before | {"lengths": before["lengths"] + in_use}
+    wanted |= {} if seen is None else {"seen": seen, "step": before["step"] + in_use}
+    for name in set(given) - {"x"}:
+        yield unchanged(name, given[name], wanted[name])
+
+
 OPS = {
     "layer_norm": Op(
         partial(cases.norms, bias=True), _result("layer_norm"), _gradients("layer_norm"), ("x", "residual")
     ),
     "rms_norm": Op(partial(cases.norms, bias=False), _result("rms_norm"), _gradients("rms_norm"), ("x", "residual")),
-    "linear": Op(cases.linears, _result("linear"), _gradients("linear"), ("x",), products=True),
-    "norm_linear": Op(cases.norm_linears, _result("norm_linear"), huge=("x",), products=True),
-    "matmul": Op(cases.matmuls, _result("matmul"), _gradients("matmul"), ("a",), products=True),
-    "attention": Op(cases.attentions, _result("attention"), _gradients("attention"), ("v",), products=True),
-    "decode_attention": Op(cases.decode_attentions, _result("decode_attention"), huge=("v",), products=True),
+    "linear": Op(cases.linears, _result("linear"), _gradients("linear"), ("x",)),
+    "norm_linear": Op(cases.norm_linears, _result("norm_linear"), huge=("x",)),
+    "matmul": Op(cases.matmuls, _result("matmul"), _gradients("matmul"), ("a",)),
+    "attention": Op(cases.attentions, _result("attention"), _gradients("attention"), ("v",)),
+    "decode_attention": Op(cases.decode_attentions, _result("decode_attention"), huge=("v",)),
     "cached_attention": Op(
-        cases.cached_attentions, _cached_attention, huge=("v", "values"), products=True, written=("keys", "values")
+        cases.cached_attentions, _cached_attention, huge=("v", "values"), written=("keys", "values")
     ),
     "gelu": Op(cases.gelus, _result("gelu"), _gradients("gelu"), ("x",)),
     "swiglu": Op(cases.swiglus, _result("swiglu"), _gradients("swiglu"), ("up",)),
     "rope": Op(cases.ropes, _result("rope"), _gradients("rope"), ("x",)),
     "embedding": Op(cases.embeddings, _result("embedding"), _gradients("embedding"), ("weight", "position_weight")),
     "cross_entropy": Op(cases.losses, _result("cross_entropy", result="float32"), _loss_gradient),
+    "cross_entropy_with_gradient": Op(cases.losses, _loss_with_gradient),
     "linear_cross_entropy": Op(
         cases.linear_losses,
         partial(_linear_loss, gradients=False),
         partial(_linear_loss, gradients=True),
-        products=True,
     ),
     "adamw": Op(cases.optimizers, _adamw),
     "sample": Op(cases.samples, _sample),
+    "sample_embed": Op(cases.sample_embeds, _sample_embed, written=("x", "seen")),
 }
 
 
-def dtypes_of(op: str, device: torch.device | None) -> list[str]:
-    """Those in which an op can be verified: NumPy has no bfloat16, and Triton's interpreter multiplies its bits."""
-    without = device is None or (INTERPRETING and OPS[op].products)
-    return [dtype for dtype in DTYPES if not (without and dtype == "bfloat16")]
+def dtypes_of(device: torch.device | None) -> list[str]:
+    """Those in which ops can be verified: NumPy has no bfloat16."""
+    return [dtype for dtype in DTYPES if not (device is None and dtype == "bfloat16")]
 
 
 def verify(op: str, dtype: str, device: torch.device | None, *, quick: bool = False) -> Iterator[Verdict]:
@@ -186,10 +224,14 @@ def verify(op: str, dtype: str, device: torch.device | None, *, quick: bool = Fa
 
     Args:
         op: a key of `OPS`.
-        dtype: one of `dtypes_of(op, device)`.
+        dtype: one of `dtypes_of(device)`.
         device: CUDA's; the CPU, where Triton interprets; None: NumPy, which has no gradients.
         quick: the small cases only.
     """
+    if INTERPRETING and device is not None:
+        from gpukernels.verify.interpreter import adapt
+
+        adapt()
     drawn = _cases(OPS[op], Draw(dtype, device or torch.device("cpu"), quick))
     every = [case if device else case._replace(arrays=on_host(case.arrays)) for case in drawn]
     yield _verdict(op, dtype, "forward", OPS[op].forward, every)
@@ -214,7 +256,9 @@ def _verdict(
     worst: dict[str, Any] = {"worst": -1.0, "case": "", "what": "", "at": ()}
     for case in every:
         try:
-            results = list(run(case))
+            on_torch = any(isinstance(array, torch.Tensor) for array in case.arrays.values())
+            with guarded() if on_torch else contextlib.nullcontext():
+                results = list(run(case))
         except Exception as fault:
             text = f"{type(fault).__name__}: {fault}".splitlines()[0]
             return Verdict(op, dtype, way, len(every), np.inf, case.name, "", (), text)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import warnings
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +23,10 @@ def verify(
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, or cpu for the NumPy implementation.")] = "cuda",
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes only.")] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many ops side by side; default one a core, 8 at most.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare every op with float64 over hard shapes and values; exit code 1 if an error is beyond its bound.
@@ -32,33 +35,31 @@ def verify(
     interpreter, and with --device cpu on NumPy.
     """
     where, name = _device(device)
-    from gpukernels.verify import DTYPES, OPS, dtypes_of
-    from gpukernels.verify import verify as verdicts_on
+    from gpukernels.verify import DTYPES, OPS, dtypes_of, gather
 
     for option, given, known in (("--op", op, OPS), ("--dtype", dtype, DTYPES)):
         for each in given or []:
             if each not in known:
                 raise ModelError(f"{option} must be one of {', '.join(known)}, got {each}")
-    wanted = [(each, kind) for each in op or OPS for kind in dtypes_of(each, where) if not dtype or kind in dtype]
-    left_out = [each for each in op or OPS if set(DTYPES) - set(dtypes_of(each, where))]
-    found = []
-    with progress_bar() as bar, warnings.catch_warnings():
-        # Infinities, which the cases mean.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        task = bar.add_task("verifying", total=len(wanted))
-        for each, kind in wanted:
-            bar.update(task, description=f"{each} in {kind}")
-            found += verdicts_on(each, kind, where, quick=quick)
-            bar.advance(task)
+    kinds = [kind for kind in dtypes_of(where) if not dtype or kind in dtype]
+    if not kinds:
+        raise ModelError(f"--dtype {dtype[0]}: NumPy has no such type")
+    ops = [each for each in OPS if not op or each in op]
+    by_op: dict[str, list] = {}
+    with progress_bar() as bar:
+        task = bar.add_task("verifying", total=len(ops))
+        for each, verdicts in gather(ops, kinds, where, quick=quick, processes=processes):
+            by_op[each] = verdicts
+            bar.update(task, advance=1, description=each)
+    found = [verdict for each in ops for verdict in by_op[each]]
     holds = all(verdict.holds for verdict in found)
     if as_json:
         verdicts = [_document(verdict) for verdict in found]
         print(json.dumps({"device": name, "quick": quick, "holds": holds, "verdicts": verdicts}))
     else:
         _print(found, name, Console(highlight=False, markup=False))
-        if left_out:
-            why = "NumPy has no such type" if where is None else "Triton's interpreter multiplies its bits as integers"
-            print(f"Without bfloat16, as {why}: {', '.join(left_out)}.")
+        if where is None:
+            print("Without bfloat16, as NumPy has no such type.")
     if not holds:
         raise typer.Exit(1)
 

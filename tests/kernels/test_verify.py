@@ -1,6 +1,8 @@
 """`gpukernels verify`: what it says of kernels that are right, and of one that was broken on purpose."""
 
 import json
+import multiprocessing
+import os
 import sys
 
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 import torch
 from kernel_cases import DEVICE
 
+import gpukernels
 from gpukernels.library import norm
-from gpukernels.verify import OPS, dtypes_of, verify
+from gpukernels.verify import OPS, Verdict, dtypes_of, gather, parallel, verify
+from gpukernels.verify.allocations import guarded
 from gpukernels.verify.cases import Draw
 from gpukernels.verify.compare import Compared
 from gpukernels.verify.run import _cases
@@ -37,7 +41,7 @@ OWN = [op for op in OPS if op not in ("attention", "linear", "embedding")]
 def test_every_bound_holds(op):
     verdicts = [
         verdict
-        for dtype in dtypes_of(op, torch.device(DEVICE))
+        for dtype in dtypes_of(torch.device(DEVICE))
         for verdict in verify(op, dtype, torch.device(DEVICE), quick=True)
     ]
     assert verdicts
@@ -83,6 +87,50 @@ def test_a_kernel_that_fails_is_a_row_too(run, monkeypatch):
     verdicts = json.loads(out)["verdicts"]
     assert [verdict["error"] for verdict in verdicts] == ["RuntimeError: no such launch"] * 2
     assert verdicts[0]["worst"] is None
+
+
+@pytest.mark.parametrize(("side", "at"), [("in front of", -1), ("behind", slice(5 * 129, 5 * 129 + 1))])
+def test_what_is_written_beside_an_output_is_a_row(run, monkeypatch, side, at):
+    right = norm.norm_forward
+
+    def beside(x, *arguments, **options):
+        y, *rest = right(x, *arguments, **options)
+        if y.shape == (5, 129):
+            start = y.storage_offset()
+            whole = torch.as_strided(y, (y.untyped_storage().size() // y.element_size(),), (1,), 0)
+            whole[start + at if at == -1 else slice(start + at.start, start + at.stop)] = 1
+        return y, *rest
+
+    monkeypatch.setattr(norm, "norm_forward", beside)
+    code, out = run("--op", "layer_norm", "--dtype", "float32")
+    assert code == 1
+    assert f"layer_norm float32 forward: inf at x (5, 129): AssertionError: a kernel wrote {side} its output" in out
+
+
+def test_what_is_not_written_is_not_a_number():
+    with guarded():
+        assert torch.empty(3, device=DEVICE).isnan().all()
+
+
+def test_every_op_is_verified():
+    assert set(OPS) == set(gpukernels.__all__) - {"ACTIVATIONS", "uniform"}
+
+
+def test_an_op_whose_process_ends_is_a_row(monkeypatch):
+    """Forked here, which takes no time, and so without a call of torch."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    fork = multiprocessing.context.ForkContext()
+
+    def verdicts(op, dtypes, device, quick):
+        if op == "gelu":
+            os._exit(7)
+        return [Verdict(op, dtype, "forward", 1, 0.5, "", "", ()) for dtype in dtypes]
+
+    monkeypatch.setattr(parallel, "_verdicts", verdicts)
+    found = dict(gather(["rope", "gelu"], ["float16", "float32"], torch.device(DEVICE), processes=2))
+    assert all(verdict.holds for verdict in found["rope"])
+    assert [verdict.error for verdict in found["gelu"]] == ["its process ended with code 7"] * 2
+    assert not any(verdict.holds for verdict in found["gelu"])
 
 
 def test_errors_are_in_units_of_the_bound():
