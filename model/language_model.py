@@ -140,7 +140,7 @@ class LanguageModel:
             n=n,
             overflow=overflow,
         )
-        require_count("batch_size", batch_size)
+        batch_size = require_count("batch_size", batch_size)
         for _ in self._run(request, batch_size):
             pass
         results = [row.result() for row in request.rows]
@@ -243,7 +243,7 @@ class LanguageModel:
             batch_size: how many run together; others wait. Their keys and values are allocated here, for all
                 positions of the model.
         """
-        require_count("batch_size", batch_size)
+        batch_size = require_count("batch_size", batch_size)
         positions = self.config.n_positions
         room = partial(explained, *self._room(batch_size, positions))
         with room():
@@ -255,7 +255,7 @@ class LanguageModel:
 
         Without it the first calls do so as they need it. Elsewhere there is nothing to do.
         """
-        require_count("batch_size", batch_size)
+        batch_size = require_count("batch_size", batch_size)
         if not can_capture(self.parameters, self.config):
             return 0.0
         with explained(*self._room(batch_size, self.config.n_positions)):
@@ -295,8 +295,8 @@ class LanguageModel:
         from model.footprint import report
 
         context = self.config.n_positions if context is None else context
-        require_count("batch", batch)
-        require_count("context", context)
+        batch = require_count("batch", batch)
+        context = require_count("context", context)
         if context > self.config.n_positions:
             raise ContextError(f"context must be 1 to {self.config.n_positions}, the model's positions, got {context}")
         return report(self, self._ledger(batch, context), measure=measure)

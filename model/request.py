@@ -40,8 +40,8 @@ def read_request(
 ) -> Request:
     """The request of `LanguageModel.generate`'s arguments; ModelError for one that cannot be."""
     if max_new_tokens is not None:
-        require_count("max_new_tokens", max_new_tokens, "1 or more, or None")
-    require_count("n", n)
+        max_new_tokens = require_count("max_new_tokens", max_new_tokens, "1 or more, or None")
+    n = require_count("n", n)
     if overflow not in OVERFLOWS:
         raise ModelError(f"overflow must be one of {', '.join(OVERFLOWS)}, got {overflow!r}")
     if overflow == "slide" and max_new_tokens is None:
@@ -82,12 +82,13 @@ def check_ids(ids: Any, size: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def require_count(name: str, value: Any, want: str = "1 or more") -> None:
-    """ModelError where `value` is not a whole number from 1."""
+def require_count(name: str, value: Any, want: str = "1 or more") -> int:
+    """`value`, Python's own: NumPy's numbers overflow. ModelError where it is not a whole number from 1."""
     if not (whole(value) and value >= 1):
         raise ModelError(f"{name} must be {want}, got {value!r}")
-    if value > _MOST:
+    if int(value) > _MOST:
         raise ModelError(f"{name} must be at most {_MOST}, got {value!r}")
+    return int(value)
 
 
 def require_tokenizer(tokenizer: Tokenizer | None, what: str) -> None:
@@ -101,14 +102,14 @@ def _streams(seed: Any, count: int) -> list[tuple[int, int]]:
     if seed is None:
         seed = secrets.randbits(63)
     if whole(seed):
-        streams = [(int(seed), row) for row in range(count)]
+        streams = [(seed, row) for row in range(count)]
     elif isinstance(seed, Sequence) and not isinstance(seed, str) and len(seed) == count:
         streams = [(each, 0) for each in seed]
     else:
         raise ModelError(f"seed must be a whole number, or a list of {count} (one a row), got {seed!r}")
-    if not all(whole(each) and 0 <= each < 2**64 for each, _ in streams):
+    if not all(whole(each) and 0 <= int(each) < 2**64 for each, _ in streams):
         raise ModelError(f"a seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return streams
+    return [(int(each), stream) for each, stream in streams]  # NumPy's would overflow, and are no JSON
 
 
 def _prompts(prompt: Any, config: GPT2Config, tokenizer: Tokenizer | None) -> tuple[list[list[int]], bool]:

@@ -357,9 +357,15 @@ def test_an_argument_that_cannot_be_is_refused_by_name(lm, options, message):
             lm.stream(**options)  # before a piece is asked for
 
 
-def test_numpy_numbers_are_numbers(lm):
-    sizes = dict.fromkeys(("max_new_tokens", "n", "batch_size", "seed", "top_k"), np.int64(2))
-    assert len(lm.generate(PROMPT, temperature=np.float32(1), **sizes)) == 2
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_numpy_numbers_are_numbers(lm, kind):
+    sizes = dict.fromkeys(("max_new_tokens", "n", "batch_size", "top_k"), 2)
+    prompts, options = [[1, 2]] * 3, {"temperature": 1, "overflow": "truncate_left", "seed": [1, 2**63, 3, 4, 5, 6]}
+    want = [each.tokens for each in lm.generate(prompts, **options, **sizes)]
+    options |= {"temperature": np.float32(1), "seed": list(np.array(options["seed"], np.uint64))}
+    found = lm.generate(prompts, **options, **{name: kind(size) for name, size in sizes.items()})
+    assert [each.tokens for each in found] == want
+    assert [type(each.seed) for each in found] == [int] * 6
 
 
 @pytest.mark.usefixtures("computing_nothing")
