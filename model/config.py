@@ -221,4 +221,4 @@ def _is_int(value: Any) -> bool:
 
 def _json(value: Any) -> str:
     """The value as the file has it."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=repr)

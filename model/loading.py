@@ -8,13 +8,14 @@ from typing import Any
 
 from model import gpt2
 from model.check import vocabulary_notices
-from model.config import PRESETS, GPT2Config, generation_eos
+from model.config import PRESETS, GPT2Config, generation_eos, read_config
 from model.device import Device, choose_device, choose_dtype
-from model.errors import ConfigError, LoadNotice
+from model.errors import ConfigError, LoadNotice, ModelError
 from model.language_model import LanguageModel
 from model.load import fill, fill_random, locate, plan
 from model.memory import LOADING, weight_bytes
 from model.room import room_for
+from model.sampling import whole
 from model.tokenizer import Tokenizer
 
 
@@ -94,12 +95,21 @@ def from_config(config: str | GPT2Config, *, seed: int = 0, device: Any = "auto"
 
     The weights are drawn as GPT-2's were: N(0, 0.02), residual projections over sqrt(2 L). It has no
     tokenizer: prompts are token ids.
+
+    Raises:
+        ConfigError: a name that is no preset's, or a config that `config.json` could not have.
+        ModelError: a device, a dtype or a seed that cannot be, or too little memory.
     """
     name = config if isinstance(config, str) else "a model of this config"
     if isinstance(config, str):
         if config not in PRESETS:
             raise ConfigError(f"{config!r} is not a preset: there are {', '.join(PRESETS)}")
         config = PRESETS[config]
+    if not isinstance(config, GPT2Config):
+        raise ConfigError(f"config must be a preset's name or a GPT2Config, got {config!r}")
+    read_config(config.to_json(), name)
+    if seed is not None and not (whole(seed) and seed >= 0):
+        raise ModelError(f"seed must be a whole number, 0 or more, got {seed!r}")
     place = choose_device(device)
     dtype = choose_dtype(dtype, place)
     with _room_for_weights(place, config, dtype, name):

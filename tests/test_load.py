@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from model import device as devices
 from model.checkpoint import WEIGHTS_NAME
 from model.config import PRESETS
 from model.device import choose_device, choose_dtype
-from model.errors import CheckpointError, ConfigError, DeviceError, LoadNotice
+from model.errors import CheckpointError, ConfigError, DeviceError, LoadNotice, ModelError
 from model.gpt2 import slots
 from model.load import BUNDLED, fill, locate, plan
 
@@ -273,6 +274,36 @@ def test_a_preset_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(ConfigError, match=r"'gpt3' is not a preset.*gpt2-xl"):
         model.from_config("gpt3")
     assert set(PRESETS) == {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"n_head": 3}, "n_head=3 must divide n_embd=8"),
+        ({"n_layer": 0}, "n_layer must be an integer"),
+        ({"n_embd": np.int64(8)}, "n_embd must be an integer"),
+        ({"activation_function": "mish"}, "activation_function must be one of"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number"),
+        ({"eos_token_id": "a"}, "eos_token_id must be a token id"),
+    ],
+    ids=str,
+)
+def test_a_config_that_no_file_could_have_is_refused_by_name(monkeypatch, change, says):
+    monkeypatch.setattr(model.loading, "fill_random", None)  # nothing is allocated
+    with pytest.raises(ConfigError, match=says):
+        model.from_config(replace(CONFIG, **change))
+
+
+@pytest.mark.parametrize("config", [CONFIG.to_json(), None, Path("gpt2")], ids=str)
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ConfigError, match="config must be a preset's name or a GPT2Config"):
+        model.from_config(config)
+
+
+@pytest.mark.parametrize("seed", [-1, "1", 1.5, True])
+def test_a_seed_that_cannot_be_is_refused(seed):
+    with pytest.raises(ModelError, match="seed must be a whole number, 0 or more"):
+        model.from_config(CONFIG, seed=seed, device="cpu")
 
 
 # --- devices and dtypes
