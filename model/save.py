@@ -51,11 +51,13 @@ def save(
         folder: where the model came from; small files beside the weights are copied from there.
 
     Tensors have transformers' names and layout (products (in, out)) and the parameters' dtype. Every
-    file is written under a temporary name, synced, and renamed; the weights come last.
+    file is written under a temporary name, synced, and renamed; the weights come last. What stands in a
+    folder of the tokenizer or the generation of another model goes, as it would be taken for this one's.
 
     Raises CheckpointError where the target cannot be written, and for a single file beside the
     `config.json` of another model.
     """
+    target = _checked(target)
     single = target.suffix == ".safetensors"
     place = target.parent if single else target
     weights = target if single else target / WEIGHTS_NAME
@@ -73,9 +75,13 @@ def save(
         replace_file(beside, lambda path: path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
         for name in _BESIDE:
             source = folder / name if folder is not None else None
-            if source is not None and source.is_file() and place.resolve() != folder.resolve():
+            if source is None or place.resolve() == folder.resolve():
+                continue
+            if source.is_file():
                 replace_file(place / name, lambda path, source=source: shutil.copyfile(source, path))
-        if tokenizer is not None and not (place / "tokenizer.json").exists():
+            elif not single:
+                (place / name).unlink(missing_ok=True)
+        if tokenizer is not None and (folder is None or not (folder / "tokenizer.json").is_file()):
             replace_file(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
         replace_file(weights, lambda path: _write_weights(path, parameters, device))
         if not single:
@@ -83,6 +89,19 @@ def save(
             (place / INDEX_NAME).unlink(missing_ok=True)
     except OSError as fault:
         raise CheckpointError(f"{fault.filename or place}: cannot be written: {fault.strerror or fault}") from None
+
+
+def _checked(target: Path) -> Path:
+    """`target`, with ~ for the home folder as `model.load` has it; CheckpointError for what can be no path."""
+    try:
+        target = target.expanduser()
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as fault:
+        why = getattr(fault, "strerror", None) or fault
+        raise CheckpointError(f"{target}: cannot be written: {why}") from None
+    return target
 
 
 def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, Any]) -> dict[str, Any]:

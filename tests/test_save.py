@@ -1,0 +1,74 @@
+"""What `lm.save` leaves in a folder that is not empty, and the places where it cannot write."""
+
+import json
+
+import pytest
+from damage import make
+
+import model
+from model.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "tiny")
+
+
+def as_two_files(folder):
+    """The tokenizer as `vocab.json` and `merges.txt`, with "ab" the id 255 and a byte's the id 256."""
+    backend = json.loads((folder / "tokenizer.json").read_text())["model"]
+    vocab = {**backend["vocab"], "<|endoftext|>": 257}
+    other = next(token for token, id in vocab.items() if id == 255)
+    vocab |= {"ab": 255, other: 256}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("a b\n")
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def test_the_tokenizer_of_another_model_does_not_stay(folder, tmp_path):
+    lm = model.load(as_two_files(folder), device="cpu")
+    assert lm.tokenizer.encode("ab") == [255]
+    other = make(tmp_path / "other")
+    (other / "added_tokens.json").write_text('{"more": 258}')
+    (other / "generation_config.json").write_text('{"eos_token_id": 5}')
+    for _ in range(2):  # over itself too
+        lm.save(other)
+    found = model.load(other, device="cpu")
+    assert found.tokenizer.encode("ab") == [255]
+    assert found.eos_token_ids == lm.eos_token_ids
+    assert not (other / "added_tokens.json").exists()
+
+
+def test_a_model_saved_over_itself_keeps_its_files(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    lm, files = model.load(folder, device="cpu"), {path.name for path in folder.iterdir()}
+    lm.save(folder)
+    assert {path.name for path in folder.iterdir()} == files
+    assert model.load(folder, device="cpu").eos_token_ids == (5,)
+
+
+def test_a_model_without_files_leaves_a_tokenizer_where_it_is(folder):
+    config = model.load(folder, device="cpu").config
+    model.from_config(config, device="cpu").save(folder)
+    assert model.load(folder, device="cpu").tokenizer.encode("ab") == [256]
+
+
+def test_the_home_folder_is_that_of_load(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model.load("~/tiny", device="cpu").save("~/copy")
+    assert (tmp_path / "copy" / "model.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("target", ["a\0b", "x" * 300, "~nobody-has-this-name/x", "file/x", "file", "is.safetensors"])
+def test_a_place_that_cannot_be_written_is_refused_in_one_sentence(folder, monkeypatch, target):
+    lm = model.load(folder, device="cpu")
+    monkeypatch.chdir(folder)
+    (folder / "file").touch()
+    (folder / "is.safetensors").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        lm.save(target)
+    (line,) = caught.value.problems
+    assert line.startswith(target[:1])
