@@ -122,8 +122,10 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
     head = by_base.get("lm_head.weight")
     table = by_base.get("wte.weight")
     own_head = not config.tie_word_embeddings
-    if head is not None and config.tie_word_embeddings:
-        own_head = table is None or head.shape != table.shape or not (headers_only or _equal(head, table))
+    if head is not None and table is None and config.tie_word_embeddings:
+        by_base["wte.weight"] = by_base.pop("lm_head.weight")  # safetensors' save_model keeps one name of the two
+    elif head is not None and config.tie_word_embeddings:
+        own_head = head.shape != table.shape or not (headers_only or _equal(head, table))
         if own_head:
             notices.append("lm_head.weight differs from wte.weight although the config ties them: the file's is used")
         else:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -189,7 +189,22 @@ def write_with_aliases(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values))
 
 
-WRITERS = (write_sharded, write_prefixed, write_with_buffers, write_with_head, write_with_aliases)
+def write_by_safetensors(source: Path, folder: Path) -> None:
+    """As `save_model` does, which keeps one name of a tied pair: the head's."""
+    rewrite(source, folder, {})
+    save_model(from_pretrained(source), str(folder / "model.safetensors"))
+    tied = read_config(source)["tie_word_embeddings"]
+    assert ("transformer.wte.weight" not in read_weights(folder)) == tied
+
+
+WRITERS = (
+    write_sharded,
+    write_prefixed,
+    write_with_buffers,
+    write_with_head,
+    write_with_aliases,
+    write_by_safetensors,
+)
 
 
 def same_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:

@@ -288,6 +288,17 @@ def test_a_tied_head_may_be_absent_or_equal(tmp_path):
     np.testing.assert_array_equal(absent.logits([1, 2]), equal.logits([1, 2]))
 
 
+def test_a_tied_head_stands_for_the_table_where_only_it_is_there(tmp_path):
+    weights = tensors()
+    make(tmp_path / "head", weights=weights | {"lm_head.weight": weights.pop("wte.weight")})
+    lm = model.load(tmp_path / "head", device="cpu")
+    assert "head.weight" not in lm.parameters
+    assert lm.notices == []
+    np.testing.assert_array_equal(lm.parameters["tokens.weight"], tensors()["wte.weight"])
+    with pytest.raises(CheckpointError, match=r"tensor wte\.weight \(258, 8\) is missing"):
+        model.load(edit_config(tmp_path / "head", tie_word_embeddings=False), device="cpu")
+
+
 def test_a_tied_head_that_differs_is_used_with_a_notice(tmp_path):
     head = tensors()["wte.weight"].copy()
     head[-1, -1] += 1
