@@ -1,7 +1,7 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from model.errors import TokenizerError
 from model.files import AGAIN, disguise, read_json
 
 _END = "<|endoftext|>"
+
+# Files beside vocab.json: settings of transformers' tokenizer, its special tokens, and ids behind the vocabulary's.
+_SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
 class Tokenizer:
@@ -107,19 +110,37 @@ def _byte_level(vocab: Path, merges: Path) -> Backend:
     ids = read_json(vocab, TokenizerError)
     if not all(type(each) is int and each >= 0 for each in ids.values()):
         raise TokenizerError(f"{vocab}: must map every token to its id")
-    added = vocab.parent / "added_tokens.json"
-    extra = read_json(added, TokenizerError) if os.path.lexists(added) else {}
+    settings, names, extra = (_beside(vocab, name) for name in (_SETTINGS, _SPECIAL, _ADDED))
     backend = _parsed(merges, lambda raw: Backend(models.BPE(ids, _pairs(merges, raw))))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space") is True)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    if _END in ids:
-        backend.add_special_tokens([AddedToken(_END, special=True, normalized=False)])
+    special = {_END, *_special(settings), *_special(names)}
+    for token in sorted(special & ids.keys()):
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     for token, wanted in sorted(extra.items(), key=lambda item: str(item[1]).zfill(9)):
-        backend.add_tokens([AddedToken(token, normalized=False)])
+        (backend.add_special_tokens if token in special else backend.add_tokens)([AddedToken(token, normalized=False)])
         if backend.token_to_id(token) != wanted:
-            raise TokenizerError(f"{added}: gives {token!r} the id {wanted!r}, which does not follow the vocabulary")
+            path = vocab.with_name(_ADDED)
+            raise TokenizerError(f"{path}: gives {token!r} the id {wanted!r}, which does not follow the vocabulary")
     return backend
+
+
+def _beside(vocab: Path, name: str) -> dict[str, Any]:
+    """What a file beside `vocab.json` says, if it is there."""
+    path = vocab.with_name(name)
+    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
+
+
+def _special(values: dict[str, Any]) -> Iterator[str]:
+    """The tokens that are no text, in either file that names them: "eos_token": TEXT, or {"content": TEXT}."""
+    found = [value for name, value in values.items() if name.endswith("_token")]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        found += value if isinstance(value := values.get(name), list) else []
+    for value in found:
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str):
+            yield token
 
 
 def _pairs(path: Path, raw: bytes) -> list[tuple[str, str]]:

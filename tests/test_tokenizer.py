@@ -1,12 +1,13 @@
 """Text to ids and back, and text that comes id by id."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import Tokenizer
+from model import Tokenizer, TokenizerError
 from model.load import locate
 from model.tokenizer import TextStream
 
@@ -89,14 +90,22 @@ def test_the_size_is_one_more_than_the_largest_id():
     assert TOKENIZER.size == 1 + max(TOKENIZER.backend.get_vocab(with_added_tokens=True).values())
 
 
-@pytest.fixture(scope="module")
-def two_files(tmp_path_factory):
-    """The bundled tokenizer as `vocab.json` and `merges.txt`."""
-    folder, backend = tmp_path_factory.mktemp("tokenizer"), json.loads(TOKENIZER.to_json())["model"]
-    (folder / "vocab.json").write_text(json.dumps(backend["vocab"]), encoding="utf-8")
+_ADDED = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {"__type": "AddedToken"}
+
+
+def write_two_files(folder: Path, **beside: dict) -> Path:
+    """The bundled tokenizer as `vocab.json` and `merges.txt`, and other documents beside them."""
+    backend = json.loads(TOKENIZER.to_json())["model"]
     merges = "\n".join(["#version: 0.2", *map(" ".join, backend["merges"]), ""])
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    return Tokenizer.from_folder(folder)
+    for name, document in {"vocab": backend["vocab"], **beside}.items():
+        (folder / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory):
+    return Tokenizer.from_folder(write_two_files(tmp_path_factory.mktemp("tokenizer")))
 
 
 @settings(max_examples=100, deadline=None)
@@ -107,3 +116,33 @@ def test_vocabulary_and_merges_make_the_same_tokenizer(two_files, text):
     assert two_files.encode(text) == ids
     assert two_files.decode(ids) == TOKENIZER.decode(ids)
     assert two_files.size == TOKENIZER.size
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_config": {"add_prefix_space": True}},
+        {"added_tokens": {"<|pad|>": TOKENIZER.size}},
+        {"added_tokens": {"<|pad|>": TOKENIZER.size}, "special_tokens_map": {"pad_token": "<|pad|>"}},
+        {
+            "added_tokens": {"<|pad|>": TOKENIZER.size},
+            "tokenizer_config": {"pad_token": {"content": "<|pad|>"} | _ADDED},
+        },
+        {"special_tokens_map": {"additional_special_tokens": ["and"]}},
+    ],
+    ids=str,
+)
+def test_the_files_beside_vocabulary_and_merges_mean_what_transformers_takes_them_for(tmp_path, beside):
+    theirs = pytest.importorskip("transformers").GPT2Tokenizer.from_pretrained(write_two_files(tmp_path, **beside))
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in ("And land", " he", "a<|pad|> b<|endoftext|>c"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("name", ["added_tokens", "special_tokens_map", "tokenizer_config"])
+def test_a_damaged_file_beside_vocabulary_and_merges_is_named(tmp_path, name):
+    write_two_files(tmp_path, **{name: ["a", "b"]})
+    with pytest.raises(TokenizerError, match=f"{name}.json: must hold a JSON object"):
+        Tokenizer.from_folder(tmp_path)
