@@ -60,7 +60,7 @@ def test_several_answers_are_several_texts(run):
 
 
 @pytest.mark.parametrize("arguments", [(), ("-",)])
-@pytest.mark.parametrize("end", [b"", b"\n"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_the_prompt_may_come_from_standard_input(run, arguments, end):
     code, document, _ = run("generate", *arguments, "-t", "10", "--json", stdin=PROMPT.encode() + end)
     assert code == 0
@@ -334,6 +334,27 @@ def test_a_reader_that_goes_away_is_no_error_message(arguments):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode != 0
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_an_output_that_is_closed_from_the_start_is_no_error(run, refused, monkeypatch, closed):
+    monkeypatch.setattr(sys, closed, None)
+    code, out, err = run("check", BUNDLED)
+    assert (code, err) == (0, "")
+    assert bool(out) == (closed == "stderr")
+    monkeypatch.setattr(sys, closed, None)
+    code, out, err = run("check", "./no-such-folder")
+    assert (code, out) == (2, "")
+    assert bool(err) == (closed == "stdout")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_document_is_json_in_whatever_encoding(run, monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+    code, _, _ = run("generate", "é 日 🙂 \x85", "-t", "1", "--json")
+    assert code == 0
+    assert json.loads(raw.getvalue().decode(encoding))["prompt"] == "é 日 🙂 \x85"
 
 
 def test_help_names_every_command(run):

@@ -36,6 +36,9 @@ app.command("demo")(demo.demo)
 
 def main() -> None:
     """Runs the command and exits."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this has closed it (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # What the terminal has no character for is shown as its number; nothing is lost, nothing fails.
         stream.reconfigure(errors="backslashreplace")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,7 @@ def generate(
         found = lm.generate(text, n=n, **options)
         head = {"model": model, "prompt": text}
         body = _document(found) if isinstance(found, Generation) else {"generations": [_document(g) for g in found]}
-        print(json.dumps(head | body, ensure_ascii=False))
+        print(json.dumps(head | body))  # ASCII: a document in whatever encoding the output has
     elif n == 1:
         stream = lm.stream(text, **options)
         for piece in stream:
@@ -124,7 +125,7 @@ def _prompt(prompt: str | None) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise ModelError("no prompt: give one as the argument, or on standard input")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return re.sub(r"\r?\n\Z", "", sys.stdin.buffer.read().decode("utf-8"))
     except UnicodeDecodeError as fault:
         raise ModelError(f"standard input is not UTF-8 text: {fault}") from None
 
