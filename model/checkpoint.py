@@ -33,8 +33,8 @@ _BITS = {
     **dict.fromkeys(("F4",), 4),
 }
 
-_MAX_HEADER = 100_000_000  # the format's own bound
-
+#: Bytes that a header may have, by the format.
+MAX_HEADER = 100_000_000
 
 # A shard's name in an index: no absolute path, no drive, no way up.
 _SHARD = re.compile(r"(?!/|.*\.\.)[\w./-]+\.safetensors")
@@ -90,7 +90,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
     By name only: the Hub's cache links a snapshot's files to ../../blobs, which is its own affair.
     """
-    weight_map = read_json(path, CheckpointError, limit=_MAX_HEADER).get("weight_map")
+    weight_map = read_json(path, CheckpointError, limit=MAX_HEADER).get("weight_map")
     named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
     if not named or not weight_map:
         raise CheckpointError(f"{path}: weight_map must be an object of tensor names and file names; {AGAIN}")
@@ -151,7 +151,7 @@ def read_header(path: Path) -> list[TensorEntry]:
             if len(start) < 8:
                 raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; {AGAIN}")
             length = int.from_bytes(start, "little")
-            if length > _MAX_HEADER or 8 + length > size:
+            if length > MAX_HEADER or 8 + length > size:
                 start += file.read(192)
                 raise CheckpointError(f"{path}: {_what_it_is(start, length, size)}")
             raw = file.read(length)
@@ -190,8 +190,8 @@ def _what_it_is(start: bytes, length: int, size: int) -> str:
     """Why a file does not begin as a safetensors file does, and what to do."""
     if impostor := disguise(start):
         return impostor
-    if length > _MAX_HEADER:
-        return f"not a safetensors file: the header would have {length} bytes, {_MAX_HEADER} is the most; {AGAIN}"
+    if length > MAX_HEADER:
+        return f"not a safetensors file: the header would have {length} bytes, {MAX_HEADER} is the most; {AGAIN}"
     return f"truncated: the header has {length} bytes but the file only {size}; {AGAIN}"
 
 

@@ -23,6 +23,10 @@ class HubError(ModelError):
     """A model that could not be had from the Hub."""
 
 
+class RepositoryError(HubError):
+    """A repository on the Hub that answered, and does not hold a model that could be loaded."""
+
+
 class TokenizerError(ModelError):
     """A tokenizer that is missing or damaged."""
 

@@ -8,7 +8,6 @@ is there, so a download that breaks off never stands for the model.
 """
 
 import contextlib
-import json
 import re
 import secrets
 import shutil
@@ -16,8 +15,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_weight_map
-from model.errors import CheckpointError, HubError
+from model.checkpoint import INDEX_NAME, MAX_HEADER, WEIGHTS_NAME, read_weight_map
+from model.errors import CheckpointError, HubError, RepositoryError
 from model.files import CONVERT
 
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer.json", ("vocab.json", "merges.txt")
@@ -26,6 +25,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"(?!/|.*\.\.)[^\x00- ~^:?*\[\\\x7f]+")  # as git has it: no path out of refs/
+
+_HEADER = 100_000  # bytes of a safetensors file that are asked for at first; most headers are shorter
 
 _TIMEOUT = 10.0  # seconds without an answer to the list of files; the client's default is to wait for ever
 
@@ -59,7 +60,7 @@ def fetch(
         missing from a snapshot that another program began.)
 
     Raises:
-        HubError: the model cannot be had, or its weights are not safetensors.
+        HubError: the model cannot be had; RepositoryError where that is what the repository holds.
 
     Cost: no request for a cached snapshot; else one for the list of files, and the client's for each file. A Hub
     that is down shows at once: the client repeats a failed request for a file (for up to 23 s), not for the list.
@@ -106,7 +107,7 @@ def fetch(
     else:
         shards = _shards(name, get(INDEX_NAME))
         if lost := [file for file in shards if file not in files]:
-            raise HubError(f"{where}: {INDEX_NAME} names {lost[0]}, which the repository does not have")
+            raise RepositoryError(f"{where}: {INDEX_NAME} names {lost[0]}, which the repository does not have")
         for file in shards:
             get(file)
     if outline is None:
@@ -115,20 +116,31 @@ def fetch(
 
 
 def _outline(name: str, file: str, commit: str, token: str | bool | None, folder: Path) -> Path:
-    """A safetensors file of the commit, of which only the header has been asked for."""
-    from huggingface_hub import HfApi
+    """A safetensors file of the commit, of which only the header has been asked for: what it claims is not judged."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    tensors = HfApi(token=token).parse_safetensors_file_metadata(name, file, revision=commit).tensors
-    header = {
-        key: {"dtype": each.dtype, "shape": list(each.shape), "data_offsets": list(each.data_offsets)}
-        for key, each in tensors.items()
-    }
-    text = json.dumps(header).encode()
+    url, headers = hf_hub_url(name, file, revision=commit), build_hf_headers(token=token)
+
+    def get(start: int, stop: int) -> tuple[bytes, int]:
+        """These bytes, of those that there are, and how many there are."""
+        wanted = {**headers, "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        answer = get_session().get(url, headers=wanted, timeout=_TIMEOUT)
+        if answer.status_code == 416:  # an empty file has no bytes to ask for
+            return b"", 0
+        hf_raise_for_status(answer)
+        size = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        return answer.content, int(size) if size.isdecimal() else len(answer.content)
+
+    found, size = get(0, _HEADER)
+    end = 8 + int.from_bytes(found[:8], "little")
+    if len(found) < end <= min(size, 8 + MAX_HEADER):
+        found += get(len(found), end)[0]
     path = folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as written:
-        written.write(len(text).to_bytes(8, "little") + text)
-        written.truncate(8 + len(text) + max((each.data_offsets[1] for each in tensors.values()), default=0))
+        written.write(found[:end])
+        written.truncate(size)
     return path
 
 
@@ -170,11 +182,11 @@ def _listing(name: str, revision: str, token: str | bool | None) -> tuple[str, s
     if not _COMMIT.fullmatch(info.sha or ""):
         raise HubError(f"{name}: the Hub's answer names no commit: check HF_ENDPOINT")
     if _CONFIG not in files:
-        raise HubError(f"{name}: the repository has no {_CONFIG}: it holds no model in Hugging Face layout")
+        raise RepositoryError(f"{name}: the repository has no {_CONFIG}: it holds no model in Hugging Face layout")
     if not files & {WEIGHTS_NAME, INDEX_NAME}:
         if pickles := sorted(file for file in files if file.endswith(_PICKLES)):
-            raise HubError(f"{name}: only pickled weights ({pickles[0]}), which can run code; {CONVERT}")
-        raise HubError(f"{name}: the repository has no weights to read: wanted {WEIGHTS_NAME} or {INDEX_NAME}")
+            raise RepositoryError(f"{name}: only pickled weights ({pickles[0]}), which can run code; {CONVERT}")
+        raise RepositoryError(f"{name}: the repository has no weights to read: wanted {WEIGHTS_NAME} or {INDEX_NAME}")
     return info.sha, files
 
 
@@ -183,7 +195,7 @@ def _shards(name: str, index: Path) -> list[str]:
     try:
         return sorted(set(read_weight_map(index).values()))
     except CheckpointError as fault:
-        raise HubError([f"{name}: {problem}" for problem in fault.problems]) from None
+        raise RepositoryError([f"{name}: {problem}" for problem in fault.problems]) from None
 
 
 def _quiet_bar() -> type:
@@ -250,7 +262,6 @@ def _explain(chain: list[BaseException], where: str, cache: Path) -> str | None:
     login = "hf auth login, HF_TOKEN or token="
     no_hub = {"FileMetadataError", "JSONDecodeError", "UnsupportedProtocol", "InvalidURL", "TooManyRedirects"}
     cases = (
-        ("SafetensorsParsingError" in kinds, "its header is not one of safetensors: the file is damaged, or another"),
         ("HFValidationError" in kinds, "neither a file nor a Hub model, whose name is NAME or OWNER/NAME"),
         ("LocalTokenNotFoundError" in kinds, "token=True, but no token is stored: hf auth login, or HF_TOKEN"),
         (kinds & {"LocalProtocolError", "UnicodeEncodeError"}, "the token has a character that none has: a line end?"),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from model.audit import DTYPES, Audit, audit
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
 from model.cli.outline import outlined
 from model.device import choose_device
-from model.errors import ModelError
+from model.errors import ModelError, RepositoryError
 from model.memory import human, likely_place, predict
 
 
@@ -42,8 +43,11 @@ def check(
     if dtype not in DTYPES:
         raise ModelError(f"--dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
     cache = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "refresh": refresh}
-    with outlined(model, weights=with_audit, **cache) as (path, named):
-        report = preflight.check(path, headers_only=not with_audit)
+    try:
+        with outlined(model, weights=with_audit, **cache) as (path, named):
+            report, source = preflight.check(path, headers_only=not with_audit), named(str(path))
+    except RepositoryError as fault:
+        report, source, named = preflight.Report(Path(model), problems=fault.problems), model, str
     planned = report.plan
     memory = (
         []
@@ -54,7 +58,7 @@ def check(
     if as_json:
         document = {
             "model": model,
-            "source": named(str(path)),
+            "source": source,
             "ok": not report.problems,
             "problems": list(map(named, report.problems)),
             "notices": list(map(named, report.notices)),
@@ -68,7 +72,7 @@ def check(
             print(f"note: {named(notice)}")
         if not report.problems:
             sizes = ", ".join(f"{human(each.peak)} as {each.dtype}" for each in memory)
-            print(f"ok: {named(str(path))}: {len(planned.entries)} tensors fit the config; one sequence takes {sizes}")
+            print(f"ok: {source}: {len(planned.entries)} tensors fit the config; one sequence takes {sizes}")
         if found:
             _show(found)
     if report.problems or (fail_on_overflow and found and found.total.overflowed):
