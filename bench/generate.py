@@ -25,7 +25,7 @@ import typer
 
 import model
 from bench.providers import CTranslate2, Ours, Transformers, installed
-from bench.report import machine, show
+from bench.report import machine, show, write_json
 from bench.timing import Times, interleaved
 from bench.worker import Worker
 from model.device import why_no_cuda
@@ -114,11 +114,8 @@ def main(
 
 
 def _keep(document: dict[str, Any], path: Path | None) -> None:
-    """Writes it whole or not at all."""
     if path is not None:
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, document)
 
 
 def _refuse(problem: str) -> None:

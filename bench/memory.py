@@ -1,6 +1,6 @@
 """What a model takes in float16 and in float32, and what loading it costs, beside transformers' own.
 
-    python -m bench.memory [--preset gpt2 ...] [--all] [--html FILE]
+    python -m bench.memory [--preset gpt2 ...] [--all] [--json FILE] [--html FILE]
 
 The footprint of each preset is predicted from its shape: weights, keys and values, and all of it. Then a model
 with random float32 weights is written to a temporary folder once and loaded by every runtime in both dtypes, each
@@ -20,7 +20,7 @@ import typer
 import model
 from bench.loading import Ours, Transformers
 from bench.providers import installed
-from bench.report import machine, show
+from bench.report import machine, show, write_json
 from bench.worker import Worker
 from model.config import PRESETS
 from model.device import choose_device
@@ -42,6 +42,7 @@ def main(
     every: Annotated[bool, typer.Option("--all", help="GPT-2 small to XL.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="How often each is loaded; the quickest counts.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also a page with plots.")] = None,
 ) -> None:
     """Measure, print tables, and end with one line of JSON."""
@@ -49,6 +50,9 @@ def main(
     unknown = [name for name in names if name not in PRESETS]
     if unknown:
         raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {unknown[0]!r}")
+    for file in (json_file, html):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file}: there is no folder {file.absolute().parent}")
     place = choose_device(device)
     footprints = [_footprint(name, dtype, place_of(place)) for name in PRESETS for dtype in DTYPES]
     columns = ("model", "dtype", "weights", "KV cache", "peak", "against float32")
@@ -60,6 +64,8 @@ def main(
     show(f"loading float32 files, {place.name}, from the system's cache", columns, [_load_cells(row) for row in loads])
     document = {"bench": "memory", "device": place.name, "rounds": rounds, **machine()}
     document |= {"footprints": footprints, "loads": loads}
+    if json_file is not None:
+        write_json(json_file, document)
     if html is not None:
         _page(document).write(html)
     print(json.dumps(document))

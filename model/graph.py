@@ -73,7 +73,7 @@ class GraphDecoder(Decoder):
         super().__init__(parameters, config, rows=rows, capacity=capacity, vocabulary=vocabulary)
         self.buckets = [*(1 << i for i in range((rows - 1).bit_length())), rows]
         self.capture_seconds = 0.0
-        self._capture = _CudaCapture(self._device.name) if capture is None else capture
+        self._capture = _CudaCapture(self._device.device) if capture is None else capture
         self._graphs: dict[tuple, tuple[Callable[[], None], Any]] = {}
         self._prompts: dict[int, Any] = {}
 
@@ -157,10 +157,10 @@ def _variant(needed: Iterable[str]) -> tuple[str, ...]:
 class _CudaCapture:
     """`Capture` by torch, on one stream; the graphs share one pool of memory, as only one runs at a time."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: Any):
         import torch
 
-        self._torch, self._device = torch, torch.device(device)
+        self._torch, self._device = torch, device
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream()  # torch's own for captures is of the device that captured first
         self._pool = None

@@ -91,8 +91,8 @@ class SamplingState:
             if "seen" not in self._arrays:
                 # Rows of a length that lets a GPU read each of them wide.
                 padded = -(-self.vocabulary // 64) * 64
-                seen = self._device.zeros((len(self._settings), padded), "bool")
-                self._arrays["seen"] = seen[:, : self.vocabulary]
+                memory = self._device.zeros((len(self._settings), padded), "bool")
+                self._arrays["seen"] = memory[:, : self.vocabulary]
             self._arrays["seen"][row] = False
             self._arrays["seen"][row, [token for token in seen if token < self.vocabulary]] = True
 

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 from damage import CONFIG
 
 from bench import memory
@@ -18,8 +19,11 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_rows_and_page_of_ours(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(memory.PRESETS, "gpt2", CONFIG)
     monkeypatch.delitem(memory.RUNTIMES, "transformers")
-    memory.main(preset=["gpt2"], every=False, device="cpu", rounds=2, html=tmp_path / "page.html")
+    files = {"json_file": tmp_path / "figures.json", "html": tmp_path / "page.html"}
+    memory.main(preset=["gpt2"], every=False, device="cpu", rounds=2, **files)
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "figures.json").read_text()) == document
+    assert {"date", "commit", "versions", "device"} <= document.keys()
     assert [(row["model"], row["dtype"], row["runtime"]) for row in document["loads"]] == [
         ("gpt2", dtype, "ours") for dtype in memory.DTYPES
     ]
@@ -33,6 +37,11 @@ def test_rows_and_page_of_ours(monkeypatch, tmp_path, capsys):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<svg") == 3
     assert all(text in page for text in ("gpt2-xl", "ours", "float16"))
+
+
+def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(typer.BadParameter, match="there is no folder"):
+        memory.main(json_file=tmp_path / "nowhere" / "figures.json")
 
 
 def test_a_wrong_answer_has_no_figures():
