@@ -205,8 +205,8 @@ class LanguageModel:
             options: `epochs`, `batch_size`, `learning_rate` and the others of `model.finetune.settings.Settings`.
 
         Returns:
-            A `model.finetune.train.Result`. Ctrl-C and SIGTERM end the run behind the step that runs, with a
-            checkpoint.
+            A `model.finetune.train.Result`. Ctrl-C and SIGTERM end the run behind the step that runs, or the
+            batch of an evaluation, with a checkpoint.
 
         Raises:
             ModelError: of one of its kinds, before training starts where it can be known.

@@ -1,6 +1,5 @@
 """A model whose weights stay in their files, for training in shards: no process ever has them all."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from model.device import choose_device, choose_dtype
 from model.errors import ModelError
 from model.language_model import LanguageModel
 from model.load import Plan, locate, plan
+from model.parameters import Lazy
 from model.tokenizer import Tokenizer
 
 
-class OnDisk(Mapping):
+class OnDisk(Lazy):
     """Parameters by name, as `Parameters` has them, each read anew and in float32 whenever it is asked for.
 
     Attributes:
@@ -25,22 +25,13 @@ class OnDisk(Mapping):
     """
 
     def __init__(self, planned: Plan, place: str, dtype: str):
-        self.slots = {slot.name: slot for slot in planned.slots}
+        super().__init__({slot.name: slot for slot in planned.slots})
         self.place, self.dtype = place, dtype
         self._entries = planned.entries
 
     def __getitem__(self, name: str) -> np.ndarray:
         values = read_tensor(self._entries[name])
         return values.T if self.slots[name].transposed else values
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.slots
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
-
-    def __len__(self) -> int:
-        return len(self.slots)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("root", "blocks", "padded", "activation_dtype", "device"):

@@ -1,7 +1,7 @@
 """A model's weights: one mapping of names to arrays, allocated once, grouped by block for the forward."""
 
 import math
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,22 @@ class Parameters(MutableMapping):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+
+class Lazy(Mapping):
+    """The names of parameters, for values that are made when they are asked for: those of files, or of training."""
+
+    def __init__(self, slots: Mapping[str, Slot]):
+        self.slots = slots
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.slots  # without making the value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
 
 
 def grouped(named: Iterable[tuple[str, Any]]) -> tuple[dict, list[dict]]:

@@ -58,6 +58,12 @@ def test_what_trains_and_how_it_goes_is_shown(run, text, tmp_path):
     assert said == f"finished after 1 steps; written to {tmp_path / 'out'}\n"
 
 
+def test_rank_0_alone_prints(run, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    options = (*SMALL[:6], "--max-steps", "1", "--validation", "0")
+    assert run("finetune", "--data", text, "--out", tmp_path / "out", *options) == (0, "", "")
+
+
 def test_a_signal_ends_the_command_with_its_code_and_resume_goes_on(run, text, tmp_path):
     out = tmp_path / "out"
     command = ["finetune", "--data", text, "--out", out, "--validation", "0", "--quiet", *SMALL]
@@ -87,6 +93,7 @@ BAD_OPTIONS = {
     "warmup": (("--warmup", "10", "--max-steps", "3"), "warmup is 10.0 steps, but the run has only 3"),
     "schedule": (("--schedule", "step"), "schedule must be one of constant, linear, cosine, inverse_sqrt, got 'step'"),
     "validation": (("--validation", "1"), "validation must be a share from 0 to below 1, got 1.0"),
+    "patience": (("--patience", "2", "--validation", "0"), "patience waits for a better validation loss, and there is"),
     "betas": (("--betas", "0.9", "1"), "betas must be two numbers from 0 to below 1, got (0.9, 1.0)"),
     "freeze": (("--freeze", "blocks.*.qvk.*"), "'blocks.*.qvk.*' matches nothing; there is blocks.*.qkv.bias"),
     "layers": (("--layers", "4-9"), "layers must be from 0 to 5"),

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
@@ -180,6 +180,11 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     assert "Git LFS pointer" in answer(file("a.txt", b"version https://git-lfs\n\xff"), tokenizer)
     assert "must be .txt, .jsonl or .npy" in answer(file("a.csv", b"a"), tokenizer)
     assert "not an array of token ids" in answer(file("a.npy", b"\x93NUMPY\x01"), tokenizer)
+    # NumPy's own words are how to load a pickle.
+    assert answer(file("a.npy", b"hello"), tokenizer).endswith(
+        "not an array of token ids (.npy): it does not begin like one"
+    )
+    assert "cannot be read: embedded null byte" in answer("a\0.txt", tokenizer)
     assert "separator" in answer(file("a.jsonl", b"{}"), tokenizer, separator="\n")
     assert "separator" in answer(file("a.txt", b"a"), tokenizer, separator="")
     assert r"separator '\\n' does not occur in it" in answer(file("a.txt", b"a\nb"), tokenizer, separator=r"\n")
@@ -221,6 +226,7 @@ def numbered(*lengths):
     ]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_packing_keeps_every_target_once_apart_and_in_order(data):
     lengths = data.draw(st.lists(st.integers(1, 23), max_size=20))

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from model.config import PRESETS
-from model.errors import DataError, ModelError
+from model.errors import CheckpointError, DataError, ModelError
 from model.finetune import trackers
 from model.finetune.flops import flops_per_token, peak_flops
 from model.finetune.log import Log, read
@@ -95,6 +95,26 @@ def test_an_error_of_training_closes_the_log(tmp_path):
         fail()
     assert page.getvalue().count("\x1b[?25l") == page.getvalue().count("\x1b[?25h") == 1  # the cursor is back
     assert (tmp_path / "loss.png").exists()
+
+
+def test_a_disk_that_is_full_is_one_sentence(tmp_path):
+    def fill():
+        with Log(tmp_path, total=9, console=QUIET) as log:
+            train(log, 1)
+            log._file.write('{"kind": "st')  # all that there is room for
+            log._file.close()
+            log._file = open("/dev/full", "w")  # noqa: SIM115
+            train(log, 1, start=1)
+
+    with pytest.raises(CheckpointError) as fault:
+        fill()
+    assert str(fault.value) == f"{tmp_path / 'log.jsonl'}: cannot be written: No space left on device"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/run/log\.jsonl: cannot be written: Not a directory"):
+        Log(tmp_path / "file" / "run", total=1, console=QUIET)
 
 
 def terminal(page):

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import finetuning
 import numpy as np
@@ -21,7 +23,9 @@ from reference import Judge
 import model
 from model.errors import ModelError
 from model.finetune import checkpoint
+from model.finetune.batches import Batches
 from model.finetune.log import Log
+from model.finetune.train import Trainer
 
 OPTIONS = {
     "epochs": 2,
@@ -119,9 +123,11 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(folder, ids, whole, tmp_p
         killed_at(patched, moment, number)
         with pytest.raises(Killed):
             run(folder, ids, out)
+    (out / ".model.safetensors.123.tmp").touch()  # what SIGKILL leaves of a file that was being written
     _, result = run(folder, ids, out, resume=True)
     assert result.steps == STEPS
     same(out, whole)
+    assert not list(out.glob(".*"))
 
 
 def test_a_run_may_be_stopped_at_step_after_step(folder, ids, whole, tmp_path):
@@ -162,6 +168,66 @@ def test_a_signal_saves_and_ends_the_run(folder, ids, whole, tmp_path, monkeypat
     np.testing.assert_array_equal(load(out).logits(ids[0]), lm.logits(ids[0]))
     run(folder, ids, out, resume=True)
     same(out, whole)
+
+
+@pytest.mark.parametrize(("evaluation", "step"), [(0, 0), (1, 6), (4, STEPS)])
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(
+    folder, ids, whole, tmp_path, monkeypatch, evaluation, step
+):
+    out, seen, passes = tmp_path / "out", [], Batches.passes
+    last = 5 * evaluation + 3  # of five batches of two windows, the third
+
+    def told(self, *arguments):
+        if not torch.is_grad_enabled():
+            seen.append(arguments)
+            if len(seen) == last:
+                os.kill(os.getpid(), signal.SIGINT)
+        return passes(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batches, "passes", told)
+        _, result = run(folder, ids, out)
+    assert len(seen) == last
+    assert (result.reason, result.steps, result.signal) == ("interrupted", step, signal.SIGINT)
+    with monkeypatch.context() as patched:
+        killed_at(patched, "step", 1)  # behind this evaluation, and before the next checkpoint
+        with suppress(Killed):
+            run(folder, ids, out, resume=True)
+    if step < STEPS:
+        run(folder, ids, out, resume=True)
+    same(out, whole)
+
+
+def test_a_signal_that_comes_when_all_is_done_interrupts_nothing(folder, ids, tmp_path, monkeypatch):
+    drop = checkpoint.drop
+
+    def told(out, but=None):
+        drop(out, but)
+        if but is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "drop", told)
+    _, result = run(folder, ids, tmp_path / "out", max_steps=2)
+    assert (result.reason, result.signal) == ("finished", None)
+
+
+def test_a_run_that_goes_on_has_max_time_again(folder, ids, tmp_path, monkeypatch):
+    now, step = [0.0], Trainer._step
+
+    def passing() -> float:
+        now[0] += 1e-3
+        return now[0]
+
+    def slow(self):
+        step(self)
+        now[0] += 10
+
+    monkeypatch.setattr("model.finetune.train.time", SimpleNamespace(monotonic=passing))
+    monkeypatch.setattr(Trainer, "_step", slow)
+    for steps in (3, 6):
+        _, result = run(folder, ids, tmp_path / "out", max_time=25, resume=steps > 3)
+        assert (result.reason, result.steps) == ("max_time", steps)
+    assert result.seconds > 60
 
 
 def test_a_checkpoint_has_no_pickle_and_is_whole(folder, ids, tmp_path):
@@ -281,6 +347,7 @@ def test_a_folder_that_exists_is_not_written_to(folder, ids, stopped, whole, tmp
     assert refused(lambda: run(folder, ids, stopped)).startswith(f"{stopped}: exists; ")
     assert "has finished" in refused(lambda: run(folder, ids, whole, resume=True))
     assert "does not exist" in refused(lambda: run(folder, ids, tmp_path / "no", resume=True))
+    assert "resume needs the folder" in refused(lambda: run(folder, ids, None, resume=True))
     (tmp_path / "file").touch()
     assert "is not a folder" in refused(lambda: run(folder, ids, tmp_path / "file"))
 

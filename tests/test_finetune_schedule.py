@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import optimization
 
@@ -65,6 +65,7 @@ def test_the_floor_is_reached_behind_the_last_step_and_kept():
     assert Schedule("inverse_sqrt", 1.0, 0, 12, floor=0.4)(100) == 0.4
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     rate=st.floats(1e-9, 1e3),

@@ -234,6 +234,19 @@ def test_linear_cross_entropy_of_torch_on_the_cpu_never_has_all_logits(reduction
         gpukernels.linear_cross_entropy(**given)
 
 
+@pytest.mark.parametrize("kind", KINDS[3:], ids="-".join)
+@pytest.mark.parametrize("nothing", ["ignored", "weightless"])
+def test_the_gradient_of_a_mean_over_no_tokens_is_0(kind, nothing):
+    given = linear_arrays(kind, (2, 3), 5, 11)
+    given["targets"].fill_(-100 if nothing == "ignored" else 1)
+    given["weights"].zero_()
+    leaves = {name: given[name].requires_grad_() for name in ("hidden", "weight")}
+    loss = gpukernels.linear_cross_entropy(**given)
+    assert loss.isnan()
+    (loss * 0.5).backward()
+    assert all((leaf.grad == 0).all() for leaf in leaves.values())
+
+
 @numpy_kinds
 @reductions
 def test_linear_cross_entropy_of_numpy_is_linear_and_cross_entropy(kind, reduction):

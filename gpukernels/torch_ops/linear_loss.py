@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from gpukernels.torch_ops.loss import cross_entropy
+from gpukernels.torch_ops.loss import cross_entropy, mean
 from gpukernels.torch_ops.matmul import linear
 
 _ROWS = 512  # tokens at a time: few enough for 4096 words to stay in the cache
@@ -35,7 +35,7 @@ def linear_cross_entropy(
     differentiated = torch.is_grad_enabled()  # which `needs_input_grad` does not know
     needs = differentiated and rows.requires_grad, differentiated and weight.requires_grad
     loss = _Sum.apply(rows, weight, flat, g, ignore_index, label_smoothing, z_loss, chunk or _ROWS, *needs)
-    return loss / g.sum() if reduction == "mean" else loss
+    return mean(loss, g.sum()) if reduction == "mean" else loss
 
 
 class _Sum(torch.autograd.Function):

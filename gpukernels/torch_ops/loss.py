@@ -20,7 +20,13 @@ def cross_entropy(
         loss = torch.where(kept, loss * counted, 0)
     if reduction == "none":
         return loss.reshape(targets.shape)
-    return loss.sum() / counted.sum() if reduction == "mean" else loss.sum()
+    return mean(loss.sum(), counted.sum()) if reduction == "mean" else loss.sum()
+
+
+def mean(total, divisor):
+    """total / divisor. Over nothing it is NaN, and its gradient 0: NaN weights would be all that is left of a step."""
+    nothing = divisor == 0
+    return torch.where(nothing, torch.nan, total / torch.where(nothing, 1, divisor))
 
 
 def cross_entropy_with_gradient(

@@ -154,7 +154,8 @@ def finetune(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    console = Console(stderr=True, quiet=quiet, highlight=False, markup=False)
+    leads = int(os.environ.get("RANK", 0)) == 0
+    console = Console(stderr=True, quiet=quiet or not leads, highlight=False, markup=False)
     for notice in lm.notices:
         console.print(f"note: {notice}", soft_wrap=True)
     result = lm.finetune(
@@ -170,7 +171,7 @@ def finetune(
     if result.validation_loss is not None:
         best = f"; best at step {result.best_step}: validation loss {result.validation_loss:.4f}"
         best += f", perplexity {result.perplexity:.2f}"
-    if int(os.environ.get("RANK", 0)) == 0:
+    if leads:
         print(f"{result.reason} after {result.steps} steps{best}; written to {out}")
     if result.signal is not None:
         sys.exit(128 + result.signal)

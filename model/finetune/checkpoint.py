@@ -31,34 +31,27 @@ from model.errors import CheckpointError, TrainingError
 from model.files import read_json
 from model.finetune.distributed import World
 from model.finetune.modules import Network
-from model.parameters import Slot
+from model.parameters import Lazy, Slot
 from model.save import write_tensors
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+_HALF = re.compile(r"\..+\.\d+\.tmp")  # a file of `save.replace_file` that a kill left behind
 _DOCUMENT = "training.json"
 _ALONE = World()
 VERSION = 1
 
 
-class Weights(Mapping):
+class Weights(Lazy):
     """The weights of a network as `model.save` reads a model's parameters: each made when it is asked for."""
 
     def __init__(self, slots: Mapping[str, Slot], network: Network):
-        self.slots, self._network = slots, network
+        super().__init__(slots)
+        self._network = network
         first = network.tokens.weight
         self.device, self.dtype = TorchDevice(first.device), str(first.dtype).removeprefix("torch.")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._network.weight(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.slots
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
-
-    def __len__(self) -> int:
-        return len(self.slots)
 
 
 def check_out(out: Path, *, resume: bool) -> None:
@@ -128,6 +121,9 @@ def write(
 def drop(out: Path, but: Path | None = None) -> None:
     """Removes the checkpoints but one, and what a kill left half-written."""
     for path in list(out.iterdir()):
+        if _HALF.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+            continue
         name = path.name.removeprefix(".").removesuffix(".tmp")
         if path == but or not _FOLDER.fullmatch(name):
             continue

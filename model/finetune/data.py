@@ -127,8 +127,8 @@ def split_documents(documents: Sequence[Document], share: float, seed: int) -> t
 def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
-    except OSError as fault:
-        raise DataError(f"{path}: cannot be read: {fault.strerror}") from None
+    except (OSError, ValueError) as fault:  # a name with a NUL is the second
+        raise DataError(f"{path}: cannot be read: {getattr(fault, 'strerror', fault)}") from None
     if not raw:
         raise DataError(f"{path}: the file is empty")
     try:
@@ -141,6 +141,11 @@ def _read_text(path: Path) -> str:
 
 def _read_array(path: Path) -> np.ndarray:
     try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start and start not in (b"\x93N", b"PK"):
+            # NumPy takes it for a pickle then, and says how to run that.
+            raise ValueError("it does not begin like one")
         found = np.load(path, allow_pickle=False)
     except OSError as fault:
         raise DataError(f"{path}: cannot be read: {fault.strerror or fault}") from None

@@ -48,13 +48,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def largest(self, value: int) -> int:
-        """The largest of all ranks' values."""
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest of all ranks' values, which they exchange through `device`."""
         if self.size == 1:
             return value
-        found = [None] * self.size
-        dist.all_gather_object(found, value)
-        return max(found)
+        found = torch.tensor(value, device=device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
 
     def replicate(self, network: nn.Module) -> nn.Module:
         """The network as DistributedDataParallel: its gradients are the sums over all ranks."""

@@ -13,14 +13,15 @@ lines that were written behind the checkpoint that it starts from.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 
-from model.errors import DataError
+from model.errors import CheckpointError, DataError
 from model.finetune.plot import plot
 from model.finetune.progress import Progress
 from model.finetune.trackers import Tracker, installed, make_trackers
@@ -40,6 +41,7 @@ class Log:
         *,
         total: int,
         done: int = 0,
+        evaluated: bool = True,
         flops_per_token: float | None = None,
         peak: float | None = None,
         trackers: Sequence[str | Tracker] = (),
@@ -51,22 +53,25 @@ class Log:
             folder: of the run; made if it is not there. None: no file is written, and trackers are objects.
             total: optimizer steps of the whole run.
             done: steps that a resumed run begins with; lines behind them are dropped. 0: a new log.
+            evaluated: whether the last of them has been evaluated, or will be again.
             flops_per_token: of forward and backward together, for the share of `peak`.
             peak: the device's operations a second, all its processes together; None: no share is shown.
             trackers: "tensorboard", "wandb", or objects of one's own; see `trackers.py`.
             console: where progress is shown; default standard error. `Console(quiet=True)` shows nothing.
 
-        Raises ModelError for a tracker that is not installed, before anything is written.
+        Raises ModelError for a tracker that is not installed, before anything is written, and CheckpointError, here
+        and with each record, where the file cannot be written.
         """
         self._trackers = make_trackers(trackers, folder, done=done)
         self._flops, self._peak = flops_per_token, peak
         self._path, self._file = None, None
         self._open = True
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / NAME
-            _cut(self._path, done)
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            with self._writing():
+                folder.mkdir(parents=True, exist_ok=True)
+                _cut(self._path, done, evaluated)
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._progress = Progress(total, done, console or Console(stderr=True, highlight=False))
 
     def step(self, record: dict[str, Any]) -> None:
@@ -104,14 +109,15 @@ class Log:
             tracker.close()
         if self._file is None:
             return
-        self._file.close()
+        with suppress(OSError):  # every record was flushed, or its fault was raised then
+            self._file.close()
         if not installed("matplotlib"):
             self._progress.note("no plot: matplotlib is not installed")
             return
         try:
             plot(read(self._path), self._path.parent / "loss.png")
-        except OSError as fault:  # a full disk: what ended the run shall be heard
-            self._progress.note(f"no plot: {fault.strerror or fault}")
+        except (OSError, DataError) as fault:  # a full disk, or its half of a line: what ended the run shall be heard
+            self._progress.note(f"no plot: {getattr(fault, 'strerror', None) or fault}")
 
     def __enter__(self) -> "Log":
         return self
@@ -124,10 +130,18 @@ class Log:
             raise ValueError("the log is closed")
         line = {"kind": kind, **{key: _finite(value) for key, value in record.items()}}
         if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+            with self._writing():
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                self._file.flush()
         for tracker in self._trackers:
             tracker.log(line)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as fault:
+            raise CheckpointError(f"{self._path}: cannot be written: {fault.strerror or fault}") from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -141,12 +155,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _cut(path: Path, done: int) -> None:
+def _cut(path: Path, done: int, evaluated: bool) -> None:
     """Leaves the lines of a log up to step `done`, and not the half of one that a kill left."""
     if not path.exists():
         return
+
+    def stays(record: dict[str, Any] | None) -> bool:
+        if record is None or record["step"] > done or not done:
+            return False
+        return evaluated or record["step"] < done or record.get("kind") != "evaluation"
+
     lines = _lines(path)
-    kept = [line for line in lines if (record := _record(line)) is not None and record["step"] <= done and done > 0]
+    kept = [line for line in lines if stays(_record(line))]
     if kept != lines or not path.read_bytes().endswith(b"\n"):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

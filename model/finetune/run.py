@@ -44,6 +44,8 @@ def finetune(
     """See `LanguageModel.finetune`."""
     settings = Settings.of(options)
     context = settings.window(lm.config)
+    if resume and out is None:
+        raise TrainingError("resume needs the folder of the run that goes on (out)")
     check_trackers(trackers)
     parameters = lm.parameters
     if isinstance(parameters, OnDisk):
@@ -105,6 +107,7 @@ def finetune(
             out if world.leads else None,
             total=trainer.steps,
             done=trainer.progress.step,
+            evaluated=trainer.progress.evaluated == trainer.progress.step,
             flops_per_token=flops_per_token(lm.config, context),
             peak=None if peak is None else peak * world.size,
             trackers=trackers if world.leads else (),
@@ -131,12 +134,13 @@ def _documents(
             vocabulary=lm.config.vocab_size,
         )
 
+    wanted = validation_data is not None or settings.validation > 0
+    if settings.patience is not None and not wanted:
+        raise TrainingError("patience waits for a better validation loss, and there is no validation")
     if validation_data is None:
         train, validation = split_documents(read(dataset), settings.validation, settings.seed)
-        wanted = settings.validation > 0
     else:
         train, validation = read(dataset), read(validation_data)
-        wanted = True
     for name, documents in (("training", train), ("validation", validation)):
         if (name == "training" or wanted) and not any(each.wanted[1:].any() for each in documents):
             raise DataError(f"{name}: no document has a token that follows another: there is nothing to predict")

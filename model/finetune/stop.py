@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop: the step that runs is finished, then the run is saved."""
+"""Ctrl-C and SIGTERM as a wish to stop: the step, or batch of an evaluation, is finished; then the run is saved."""
 
 import signal
 import threading

@@ -120,19 +120,20 @@ class Trainer:
         self.writers = world if settings.fsdp else World()
         self.writes = out is not None and (world.leads or settings.fsdp)
         self.progress, self.best, self.loss = Progress(), None, math.nan
+        self.stop, self.began = Stop(), time.monotonic()
 
     # --- the run
 
     def run(self, log: Log) -> Result:
         """Trains until there is a reason to stop; the network then holds the best weights, or the last."""
         self.log = log
-        began, before = time.monotonic(), self.progress.seconds
-        with asked_to_stop() as stop:
+        self.began, before = time.monotonic(), self.progress.seconds
+        with asked_to_stop() as self.stop:
             reason = self._evaluated(None)
             while reason is None and self.progress.step < self.steps:
                 self._step()
-                self.progress.seconds = before + time.monotonic() - began
-                reason = self._evaluated(self._interruption(stop))
+                self.progress.seconds = before + time.monotonic() - self.began
+                reason = self._evaluated(self._interruption())
                 if reason is None and self._saves():
                     self._save()
             reason = reason or "finished"
@@ -146,7 +147,7 @@ class Trainer:
             self.loss,
             self.progress.best_loss,
             self.progress.best_step,
-            stop.signal,
+            self.stop.signal if reason == "interrupted" else None,
         )
 
     def gradient(self, step: int) -> tuple[torch.Tensor, int]:
@@ -170,13 +171,15 @@ class Trainer:
             total += loss.detach()
         return total, targets
 
-    def evaluate(self) -> float:
-        """The mean loss over the targets of validation, nats a token."""
+    def evaluate(self) -> float | None:
+        """The mean loss over the targets of validation, nats a token; None if a signal came before its end."""
         count = len(self.validation.windows.tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         targets = 0
         with torch.no_grad():
             for start in range(0, count, self.validation.whole):
+                if self.world.largest(int(self.stop.signal is not None), self.device):
+                    return None
                 numbers = np.arange(start, min(count, start + self.validation.whole))
                 targets += self.validation.targets(numbers)
                 for batch in self.validation.passes(numbers, self.device):
@@ -224,10 +227,11 @@ class Trainer:
         norm = self.optimizer.norm().double()
         return self.world.add(norm.square()).sqrt() if self.settings.fsdp else norm
 
-    def _interruption(self, stop: Stop) -> str | None:
+    def _interruption(self) -> str | None:
         """Why to stop here, of all ranks: each may have got the signal, or another time, at another step."""
-        late = self.settings.max_time is not None and self.progress.seconds >= self.settings.max_time
-        code = self.world.largest(2 if stop.signal is not None else 1 if late else 0)
+        # Of this process alone: a run that goes on has as long again.
+        late = self.settings.max_time is not None and time.monotonic() - self.began >= self.settings.max_time
+        code = self.world.largest(2 if self.stop.signal is not None else 1 if late else 0, self.device)
         return (None, "max_time", "interrupted")[code]
 
     # --- evaluation
@@ -238,8 +242,10 @@ class Trainer:
         due = progress.step % self.every == 0 or progress.step == self.steps
         if reason is not None or not due or progress.evaluated == progress.step or not self.validation.steps:
             return reason
-        progress.evaluated = progress.step
         loss = self.evaluate()
+        if loss is None:
+            return "interrupted"  # a run that goes on begins with this evaluation
+        progress.evaluated = progress.step
         better = loss < (math.inf if progress.best_loss is None else progress.best_loss)  # a NaN is not
         if better:
             progress.best_loss, progress.best_step, progress.waited = loss, progress.step, 0
