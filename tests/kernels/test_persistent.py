@@ -1,0 +1,204 @@
+"""The persistent step, interpreted as one program: the eager step's tokens, and its schedule kept to the letter."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from decoding import CONFIG, decoder_of, generated, lively, replayed
+
+import model
+from bench.cuda_providers import OursPersistent, random_model
+from gpukernels.kernels.attention import decode
+from gpukernels.kernels.device import INTERPRETING, Gpu
+from gpukernels.persistent import why_not
+from model.device import TorchDevice
+from model.gpt2 import slots
+from model.parameters import Parameters
+from model.persistent import PersistentDecoder, graph_decoder
+from model.sampling import DRAWING, FILTERS, PENALTY, Sampling
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="one program is the whole grid under the interpreter alone")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def several_splits(monkeypatch):
+    """Four shares of a row's keys for each head, of blocks of four keys."""
+    monkeypatch.setattr(decode, "_HEAD_TILES", {1024: (4, 4)})
+    monkeypatch.setattr(decode, "gpu", lambda: Gpu(capability=80, multiprocessors=12))
+
+
+def persistent(lm, rows):
+    options = {"rows": rows, "capacity": lm.config.n_positions}
+    return PersistentDecoder(lm.parameters, lm.config, **options, capture=replayed)
+
+
+# Alone: greedily with a penalty. Ragged: of several lengths, greedy and drawn, one of which joins while others run.
+@pytest.mark.parametrize(("slots", "only"), [(1, [3]), (2, [6, 2, 5])], ids=["alone", "ragged"])
+def test_tokens_are_those_of_numpy(slots, only, several_splits):
+    wanted = generated(decoder_of(lively("cpu"), rows=1), slots=1, only=only)
+    assert generated(persistent(lively(CPU), slots), slots=slots, only=only) == wanted
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_step_is_the_eager_step(dtype, several_splits):
+    """Three rows, one of which is not in use: the tokens, the cache and what comes next bit for bit."""
+    lm = lively(CPU, dtype)
+    eager, ours = decoder_of(lm, rows=3), persistent(lm, 3)
+    for row, prompt in ((0, [3, 1, 4] * 6), (2, [5])):
+        options = Sampling(temperature=0.45 * row, top_p=0.9)
+        eager.start(row, prompt, options, seed=7)
+        ours.sampling.set(row, options, seed=7, stream=0, step=1)
+    for name in ("keys", "values", "lengths"):
+        getattr(ours.cache, name).copy_(getattr(eager.cache, name))
+    ours._x.copy_(eager._x)
+    logits = eager._logits(3, eager.capacity)
+    assert eager._step(3, eager.capacity, names := eager.sampling.needed(0, 3)).tolist() == (
+        ours._step(3, ours.capacity, names).tolist()
+    )
+    used = [0, 2]
+    # Their last norm adds up in another order.
+    atol = {"float16": 2.0**-9, "float32": 2.0**-20}[dtype] * float(logits.abs().max())
+    torch.testing.assert_close(ours.step_logits(3)[used], logits[used], rtol=0, atol=atol)
+    assert torch.equal(ours._x[used], eager._x[used])
+    for name in ("keys", "values", "lengths", "arrivals"):
+        assert torch.equal(getattr(ours.cache, name), getattr(eager.cache, name)), name
+
+
+def test_more_rows_than_it_is_made_for_step_as_ever():
+    lm = model.from_config(dataclasses.replace(CONFIG, n_layer=1, n_positions=4), seed=3, device=CPU)
+    decoder = persistent(lm, 65)
+    decoder._persistent = None
+    for row in range(65):
+        decoder.lengths[row] = 1
+    assert len(decoder.step(65)()) == 65
+
+
+class Touched:
+    """What each stage loads before its barrier and behind it, and what it stores, by address."""
+
+    def __init__(self, counter):
+        self._counter = counter.data_ptr()
+        self.stages = [{}]
+        self._kind = "early"
+
+    def add(self, kind, pointers, mask):
+        pointed, wanted = np.broadcast_arrays(pointers.data, mask.data)
+        kind = self._kind if kind == "reads" else kind
+        self.stages[-1].setdefault(kind, []).append(np.unique(pointed[wanted.astype(bool)]))
+
+    def count(self, pointer, value):
+        """At the barrier's counter: a program arrives, or polls."""
+        if pointer == self._counter and value == 1:
+            self.stages.append({})
+            self._kind = "early"
+        elif pointer == self._counter:
+            self._kind = "reads"
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """Starts writing down what is touched; call it with the barrier's counter."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    load, store, atomic = Builder.create_masked_load, Builder.create_masked_store, Builder.create_atomic_rmw
+
+    def start(counter):
+        found = Touched(counter)
+
+        def counted_load(self, pointers, mask, *rest, **options):
+            found.add("reads", pointers, mask)
+            return load(self, pointers, mask, *rest, **options)
+
+        def counted_store(self, pointers, value, mask, *rest, **options):
+            found.add("writes", pointers, mask)
+            return store(self, pointers, value, mask, *rest, **options)
+
+        def counted_atomic(self, op, pointers, value, *rest, **options):
+            found.count(int(pointers.data.flat[0]), int(value.data.flat[0]))
+            return atomic(self, op, pointers, value, *rest, **options)
+
+        monkeypatch.setattr(Builder, "create_masked_load", counted_load)
+        monkeypatch.setattr(Builder, "create_masked_store", counted_store)
+        monkeypatch.setattr(Builder, "create_atomic_rmw", counted_atomic)
+        return found
+
+    return start
+
+
+def test_every_stage_touches_what_the_schedule_says_and_nothing_else(touched, several_splits):
+    decoder = persistent(lively(CPU), 3)
+    options = Sampling(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+    for row, prompt in enumerate(([3, 1, 4] * 6, [5], [2, 7, 1] * 3)):
+        decoder.start(row, prompt, options, seed=row)
+    step, names = decoder._persistent, (*DRAWING, *FILTERS, *PENALTY)
+    arrays = decoder.sampling.arrays(names, 0, 3)
+    counters = [arrays.pop("step"), arrays.pop("seen")]
+    memory = {**step.memory, "sampling": list(arrays.values()), "counters": counters}
+    found = touched(step._counter)
+    decoder._step(3, decoder.capacity, names)
+
+    spans = [
+        (name, x.data_ptr(), x.data_ptr() + (x.numel() - 1) * x.element_size())
+        for name, group in memory.items()
+        for x in group
+    ]
+    assert len(found.stages) == len(step.schedule)
+    for stage, kinds in zip(step.schedule, found.stages, strict=True):
+        said = {"early": set(stage.early), "reads": set(stage.reads), "writes": set(stage.writes)}
+        seen = {kind: set() for kind in said}
+        for kind, groups in kinds.items():
+            addresses = np.unique(np.concatenate(groups))
+            for name, first, last in spans:
+                inside = (addresses >= first) & (addresses <= last)
+                written = name.replace("keys", "key") if kind == "writes" else name
+                if inside.any() and written in said[kind]:
+                    seen[kind].add(written)
+                    addresses = addresses[~inside]
+            assert not addresses.size, f"{stage.name}: {kind} of something that the schedule does not name"
+        # All of it is needed, early or behind the barrier. (Of a tied head's memory only one name is.)
+        assert seen["writes"] == said["writes"]
+        assert seen["early"] | seen["reads"] == said["reads"], stage.name
+        assert seen["early"] == said["early"], stage.name
+
+
+def test_what_a_model_must_be():
+    blocks = lively(CPU).parameters.blocks
+    assert why_not(blocks, heads=3) is None
+    elsewhere = [{name: x.clone() for name, x in block.items()} for block in blocks]
+    assert "do not lie at one distance" in why_not(elsewhere, heads=3)
+    assert "do not lie at one distance" in why_not([*blocks, blocks[1]], heads=3)
+    wide = without_data(n_embd=1600)
+    assert "a row of qkv's weight has 6400 bytes, and 3328 fit" in why_not(wide.parameters.blocks, heads=25)
+    assert "its heads are 400 wide" in why_not(without_data(n_embd=400).parameters.blocks, heads=1)
+    with pytest.raises(ValueError, match="cannot be made of this model: its heads are 400 wide"):
+        persistent(without_data(n_embd=400), 1)
+
+
+def without_data(**changed):
+    """A model of one head."""
+    config = dataclasses.replace(CONFIG, n_head=1, **changed)
+    return SimpleNamespace(config=config, parameters=Parameters(slots(config), TorchDevice("meta"), "float32"))
+
+
+def test_the_benchmark_compares_it_with_the_eager_step_first(monkeypatch):
+    lm = random_model(dataclasses.replace(CONFIG, n_layer=1), CPU, "float16")
+    ours = OursPersistent(lm, capture=replayed)
+    prompts = [[1, 2, 3], [4]]
+    assert ours.step_error(prompts) < 2e-3
+    monkeypatch.setattr(OursPersistent, "step_error", lambda self, prompts: float("nan"))
+    with pytest.raises(RuntimeError, match="from the eager step's"):
+        ours(prompts, 2)
+
+
+def test_it_is_used_where_it_was_measured_and_nowhere_else(monkeypatch):
+    lm = lively(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    assert graph_decoder(lm.parameters, lm.config).__name__ == "GraphDecoder"
+    monkeypatch.setattr("model.persistent.FASTER", {"A GPU": "measured"})
+    assert graph_decoder(lm.parameters, lm.config) is PersistentDecoder
+    monkeypatch.setattr("model.persistent.FASTER", {"Another": "measured"})
+    assert graph_decoder(lm.parameters, lm.config).__name__ == "GraphDecoder"
