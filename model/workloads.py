@@ -28,7 +28,7 @@ from model.config import PRESETS, GPT2Config
 from model.decoder import Decoder
 from model.device import TorchDevice
 from model.parameters import Parameters
-from model.persistent import PersistentDecoder
+from model.persistent import PersistentDecoder, why_not_persistent
 from model.sampling import DRAWING, FILTERS
 
 META = TorchDevice("meta")
@@ -70,8 +70,10 @@ def gpt2_decode(config: GPT2Config, rows: int, dtype: str, *, names: tuple[str, 
 
 
 def gpt2_persistent(config: GPT2Config, dtype: str, *, names: tuple[str, ...] = (*DRAWING, *FILTERS)) -> None:
-    """A step in one launch, whatever the number of rows: the code is the same."""
+    """A step in one launch, where the model has one; of any number of rows, as the code is the same."""
     parameters, positions = Parameters(gpt2.slots(config), META, dtype), config.n_positions
+    if why_not_persistent(parameters, config) is not None:
+        return
     decoder = PersistentDecoder(parameters, config, rows=1, capacity=positions, capture=lambda function: None)
     decoder._step(1, positions, names)
 

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from gpukernels.compile_report import CHIPS, record, rows
+from bench.cost_card import step
+from gpukernels.compile_report import CHIPS, cost, record, rows
 from gpukernels.persistent import decode_schedule
-from model.workloads import WORKLOADS
+from model import PRESETS
+from model.gpt2 import slots
+from model.parameters import Parameters
+from model.persistent import why_not_persistent
+from model.workloads import META, WORKLOADS
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +69,16 @@ def test_every_barrier_is_a_release_and_an_acquire_of_the_whole_gpu(launch):
         assert last.startswith("MEMBAR.ALL.GPU"), "stores are visible before they are announced"
 
 
-def test_float32_is_refused():
-    with pytest.raises(ValueError, match="float32, which tensor cores do not multiply"):
-        record(lambda: WORKLOADS["gpt2/persistent"]("float32"), capability=90)
+def test_its_cost_is_that_of_the_step(launch):
+    config = PRESETS["gpt2"]
+    least = step(config, "float16", batch=1, context=config.n_positions).moved
+    assert least <= cost(launch).moved <= 1.01 * least
+
+
+def test_float32_has_none():
+    assert record(lambda: WORKLOADS["gpt2/persistent"]("float32"), capability=90) == []
+    parameters = Parameters(slots(PRESETS["gpt2"]), META, "float32")
+    assert "tensor cores do not multiply" in why_not_persistent(parameters, PRESETS["gpt2"])
 
 
 def test_products_are_made_by_tensor_cores(launch):
