@@ -157,14 +157,14 @@ class OursPersistent(OursEager):
                 raise RuntimeError(f"a step's logits are {error:.1e} of the largest from the eager step's")
         return super().__call__(prompts, new)
 
-    def step_error(self, prompts: Prompts) -> float:
+    def step_error(self, prompts: Prompts, steps: int = 4) -> float:
         """How far logits are from the eager step's in the worst of a few steps, as a share of the largest one."""
         lm, rows, worst = self._lm, len(prompts), 0.0
         options = {"rows": rows, "capacity": lm.config.n_positions}
         eager, ours = (make(lm.parameters, lm.config, **options) for make in (Decoder, self._decoder))
         for row, prompt in enumerate(prompts):
             eager.start(row, list(prompt), Sampling())
-        for _ in range(4):
+        for _ in range(steps):
             # From the same state, whatever token the last step chose.
             ours.lengths = list(eager.lengths)
             for mine, other in ((ours.cache, eager.cache), (ours, eager)):

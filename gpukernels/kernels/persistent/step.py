@@ -45,7 +45,8 @@ MOST_ROWS = 64
 
 _WARPS = 8
 # Bytes of a row of a weight that 8 warps hold beside a row of x, and beside a norm's parameters too, with 255
-# registers a thread. Chosen from the compile report (spills of 16 bytes at most), not yet measured.
+# registers a thread. Chosen from the compile report, not yet measured: with GPT-2 medium's 8192 in `down` the kernel
+# spills 40 bytes a thread on sm_90, with GPT-2's 6144 none.
 _HELD, _HELD_WITH_NORM = 6144, 3328
 _WIDEST_HEAD = 64  # GPT-2's; wider ones have not been compiled
 _SAMPLED = 4096  # logits at a time: see `sampling.py`
@@ -156,6 +157,11 @@ def _layer_stride(blocks: Sequence[Mapping[str, torch.Tensor]]) -> int | None:
     return stride
 
 
+def _programs() -> int:
+    """How many programs a launch has; the interpreter runs one to its end before the next one."""
+    return 1 if INTERPRETING else gpu().multiprocessors
+
+
 class PersistentStep:
     """The step of one model and one cache. Nothing that it uses moves, so that it can be captured in a CUDA graph.
 
@@ -207,7 +213,7 @@ class PersistentStep:
             raise ValueError(f"a persistent step has {MOST_ROWS} rows at most, got {self._rows}")
         F, V = blocks[0]["up.weight"].shape[0], head.shape[0]
         with torch.cuda.device_of(x):
-            self._programs = 1 if INTERPRETING else gpu().multiprocessors
+            self._programs = _programs()
             keys_of_block, most = head_tile(C // heads, x.element_size())[0], most_splits(heads)
         splits = max(1, min(most, cdiv(keys.shape[3], keys_of_block)))
 
