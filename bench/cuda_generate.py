@@ -65,15 +65,17 @@ def measure(
     compiled: bool,
     bandwidth: float | None,
     numpy: bool = False,
+    persistent: bool = False,
 ) -> Iterator[list[Row]]:
     """Case by case, a row for each runtime.
 
     Args:
         bandwidth: bytes a second of this device, None where it is not known.
         numpy: also our NumPy path, in the first case, when all others are through: its threads spin.
+        persistent: also our step in one launch, where the model has one.
     """
     lm = random_model(config, device, dtype)
-    runs, truth = providers(lm, compiled=compiled), judge(lm)
+    runs, truth = providers(lm, compiled=compiled, persistent=persistent), judge(lm)
     for case in cases:
         prompts = _prompts(case, config)
         warm_up = {OURS: {"warm_up_seconds": lm.warm_up(case.batch)}}

@@ -5,7 +5,8 @@ very same tensors. Everything runs on CPU tensors too, uncaptured.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +19,17 @@ from model.device import NumpyDevice, TorchDevice
 from model.generate import Limits, Row, run
 from model.language_model import LanguageModel
 from model.parameters import Parameters
+from model.persistent import PersistentDecoder, why_not_persistent
 from model.sampling import Sampling
 
-OURS, EAGER = "ours, captured", "ours, eager"
+OURS, EAGER, PERSISTENT = "ours, captured", "ours, eager", "ours, persistent"
 TRANSFORMERS, COMPILED = "transformers eager", "transformers static + compile"
 GRAPH = "torch + CUDA graph"
 NUMPY = "ours, NumPy float32"
+
+#: How far two ways of adding up a float16 step may be from each other, of the largest logit: a rounding for each
+#: of a dozen layers. With bfloat16's eight times wider roundings it is two.
+STEP_ERROR = 2.0**-7
 
 Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]
@@ -60,15 +66,16 @@ class Ours:
 
 
 class OursEager:
-    """The same loop over the decoder that launches op by op."""
+    """The same loop over the decoder that launches op by op, or over another one."""
 
-    def __init__(self, lm: LanguageModel):
-        self._lm, self._decoders = lm, {}
+    def __init__(self, lm: LanguageModel, decoder: Callable[..., Decoder] = Decoder):
+        self._lm, self._decoder, self._decoders = lm, decoder, {}
 
     def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
         config, slots = self._lm.config, len(prompts)
         if slots not in self._decoders:
-            self._decoders = {slots: Decoder(self._lm.parameters, config, rows=slots, capacity=config.n_positions)}
+            made = self._decoder(self._lm.parameters, config, rows=slots, capacity=config.n_positions)
+            self._decoders = {slots: made}
         limits = Limits(config.n_positions, frozenset(), "error", new)
         options = {"limits": limits, "sampling": Sampling(), "seed": 0, "stops": (), "tokenizer": None}
         rows = [Row(list(prompt), stream=stream, **options) for stream, prompt in enumerate(prompts)]
@@ -133,7 +140,46 @@ class TorchGraph:
         return self._made[rows, capacity].generate(prompts, new)
 
 
-def providers(lm: LanguageModel, *, compiled: bool) -> dict[str, Generate]:
+class OursPersistent(OursEager):
+    """The loop over the decoder whose step is one launch, in a CUDA graph of its own.
+
+    Before its first answer for so many prompts, a step's logits are compared with the eager step's.
+    """
+
+    def __init__(self, lm: LanguageModel, **options: Any):
+        """options: of the decoder, beside rows and capacity."""
+        super().__init__(lm, partial(PersistentDecoder, **options))
+
+    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
+        if len(prompts) not in self._decoders:
+            error = self.step_error(prompts)
+            if not error <= STEP_ERROR:
+                raise RuntimeError(f"a step's logits are {error:.1e} of the largest from the eager step's")
+        return super().__call__(prompts, new)
+
+    def step_error(self, prompts: Prompts, steps: int = 4) -> float:
+        """How far logits are from the eager step's in the worst of a few steps, as a share of the largest one."""
+        lm, rows, worst = self._lm, len(prompts), 0.0
+        options = {"rows": rows, "capacity": lm.config.n_positions}
+        eager, ours = (make(lm.parameters, lm.config, **options) for make in (Decoder, self._decoder))
+        for row, prompt in enumerate(prompts):
+            eager.start(row, list(prompt), Sampling())
+        for _ in range(steps):
+            # From the same state, whatever token the last step chose.
+            ours.lengths = list(eager.lengths)
+            for mine, other in ((ours.cache, eager.cache), (ours, eager)):
+                for name, array in vars(other).items():
+                    if isinstance(array, torch.Tensor):
+                        getattr(mine, name).copy_(array)
+            logits = eager._logits(rows, eager.capacity).float()
+            eager.step(rows)()
+            ours.step(rows)()
+            difference = (ours.step_logits(rows).float() - logits).abs().max() / logits.abs().max()
+            worst = max(worst, float(difference))
+        return worst
+
+
+def providers(lm: LanguageModel, *, compiled: bool, persistent: bool = False) -> dict[str, Generate]:
     """By name, all that can run here; transformers' need it to be installed."""
     from bench.providers import installed
 
@@ -141,6 +187,8 @@ def providers(lm: LanguageModel, *, compiled: bool) -> dict[str, Generate]:
     found: dict[str, Generate] = {OURS: Ours(lm), EAGER: OursEager(lm), GRAPH: TorchGraph(lm)}
     if not lm.parameters.device.name.startswith("cuda"):
         del found[OURS]  # nothing is captured
+    elif persistent and why_not_persistent(lm.parameters, lm.config) is None:
+        found[PERSISTENT] = OursPersistent(lm)
     if installed("transformers"):
         found[TRANSFORMERS] = Transformers(lm, dtype)
         if compiled:

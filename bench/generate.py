@@ -63,6 +63,9 @@ def main(
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here, on a GPU case by case.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
+    persistent: Annotated[
+        bool, typer.Option("--persistent", help="GPU: also our step in one launch, where the model has one.")
+    ] = False,
     card: Annotated[bool, typer.Option("--card", help="Only what a step must move, and what that allows.")] = False,
 ) -> None:
     """Measure, print a table, and end with one line of JSON."""
@@ -98,9 +101,10 @@ def main(
         if others is not None:
             _refuse("--others and --no-others are for the CPU")
         presets = preset or ["gpt2", "gpt2-xl"]
-        document = _on_cuda(presets, cases, dtype or "float16", rounds or 5, compiled, json_file, html)
+        runs = {"compiled": compiled, "persistent": persistent}
+        document = _on_cuda(presets, cases, dtype or "float16", rounds or 5, runs, json_file, html)
     else:
-        for name, given in (("--case", case), ("--dtype", dtype)):
+        for name, given in (("--case", case), ("--dtype", dtype), ("--persistent", persistent)):
             if given:
                 _refuse(f"{name} is for a GPU: {missing}")
         if preset and len(preset) > 1:
@@ -124,9 +128,18 @@ def _refuse(problem: str) -> None:
 
 
 def _on_cuda(
-    presets: list[str], cases: list, dtype: str, rounds: int, compiled: bool, json_file: Path | None, html: Path | None
+    presets: list[str],
+    cases: list,
+    dtype: str,
+    rounds: int,
+    runs: dict[str, bool],
+    json_file: Path | None,
+    html: Path | None,
 ) -> dict[str, Any]:
-    """All cases of the first preset, or those asked for; of the others by default the shortest."""
+    """All cases of the first preset, or those asked for; of the others by default the shortest.
+
+    runs: the runtimes that are there only where they are asked for.
+    """
     import torch
 
     from bench import cuda_generate, generate_page, generate_targets
@@ -143,7 +156,7 @@ def _on_cuda(
     show(f"{name}: what a step must move, at the bandwidth of a copy", *document["card"])
     for number, preset in enumerate(presets):
         chosen = cases or (cuda_generate.CASES if number == 0 else (cuda_generate.SHORT,))
-        options = {"device": here, "dtype": dtype, "rounds": rounds, "compiled": compiled, "bandwidth": bandwidth}
+        options = {"device": here, "dtype": dtype, "rounds": rounds, "bandwidth": bandwidth, **runs}
         options["numpy"] = number == 0 and not cases
         for rows in cuda_generate.measure(preset, model.PRESETS[preset], chosen, **options):
             document["rows"] += rows

@@ -1,10 +1,11 @@
 """Where the time of a captured decode step goes: each of its stages by the profiler of CUDA, beside its floor.
 
-    python -m bench.stages [--preset gpt2] [--batch 1] [--context 128] [--dtype float16]
+    python -m bench.stages [--preset gpt2] [--batch 1] [--context 128] [--dtype float16] [--persistent]
 
 Kernels of a step overlap: one starts while another is still at work, and waits. So a stage takes what lies between
 its start and the next one's: these add up to the step. The floor is the time of its bytes at the bandwidth of a
-copy. The last line is the whole as JSON. Needs a GPU.
+copy. The last line is the whole as JSON. Needs a GPU. With `--persistent` the step is one kernel, and one row:
+`model.persistent`.
 """
 
 import json
@@ -42,6 +43,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    persistent: Annotated[bool, typer.Option("--persistent", help="The step in one launch.")] = False,
 ) -> None:
     """Profile steps, print a table, and end with one line of JSON."""
     if preset not in model.PRESETS:
@@ -60,29 +62,33 @@ def main(
 
     bandwidth = copy_bandwidth(torch.device("cuda", torch.cuda.current_device()))
     try:
-        rows = stages(_profiled(config, batch, context, dtype), _STEPS, config.n_layer)
+        rows = stages(_profiled(config, batch, context, dtype, persistent), _STEPS, config.n_layer)
     except ValueError as fault:
         _refuse(str(fault))
     moved = stage_bytes(config, dtype, batch=batch, context=context + 3 * _STEPS // 2)
+    moved["_persistent_step_kernel"] = sum(moved.values())
     for row in rows:
         if row["stage"] in moved:
             row["floor"] = moved[row["stage"]] / bandwidth * 1e6
     title = f"{preset}, {dtype}, batch {batch}, context {context}: {sum(row['step'] for row in rows):.1f} µs a step"
     show(f"{torch.cuda.get_device_name()}: {title}", COLUMNS, [_cells(row) for row in rows])
     case = {"preset": preset, "dtype": dtype, "batch": batch, "context": context, "bandwidth": bandwidth}
+    case["persistent"] = persistent
     print(json.dumps({"bench": "stages", **case, **machine(), "rows": rows}))
 
 
-def _profiled(config: GPT2Config, batch: int, context: int, dtype: str) -> list[Kernel]:
-    """Every kernel of so many steps."""
+def _profiled(config: GPT2Config, batch: int, context: int, dtype: str, persistent: bool) -> list[Kernel]:
+    """Every kernel of so many steps. Raises ValueError for a model without a persistent step."""
     import torch
 
     from bench.cuda_providers import random_model
     from model.graph import GraphDecoder
+    from model.persistent import PersistentDecoder
     from model.sampling import Sampling
 
     lm = random_model(config, torch.device("cuda"), dtype)
-    decoder = GraphDecoder(lm.parameters, config, rows=batch, capacity=config.n_positions)
+    kind = PersistentDecoder if persistent else GraphDecoder
+    decoder = kind(lm.parameters, config, rows=batch, capacity=config.n_positions)
     for row in range(batch):
         decoder.start(row, [(row + i) % config.vocab_size for i in range(context)], Sampling())
     for _ in range(_STEPS):

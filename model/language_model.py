@@ -20,6 +20,7 @@ from model.graph import GraphDecoder, can_capture
 from model.load import Filled
 from model.memory import Ledger, logits_needs, place_of, predict
 from model.parameters import Parameters
+from model.persistent import graph_decoder
 from model.request import Request, check_ids, read_request, require_count, require_tokenizer
 from model.room import explained, require, room_for
 from model.sampling import Sampling
@@ -345,8 +346,8 @@ class LanguageModel:
         known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
         if not can_capture(self.parameters, self.config):
             return Decoder(self.parameters, self.config, rows=rows, capacity=capacity, vocabulary=known)
-        positions = self.config.n_positions
-        return GraphDecoder(self.parameters, self.config, rows=rows, capacity=positions, vocabulary=known)
+        kind, positions = graph_decoder(self.parameters, self.config), self.config.n_positions
+        return kind(self.parameters, self.config, rows=rows, capacity=positions, vocabulary=known)
 
     def _give_back(self, decoder: Decoder) -> None:
         for row in range(decoder.rows):

@@ -28,6 +28,7 @@ from model.config import PRESETS, GPT2Config
 from model.decoder import Decoder
 from model.device import TorchDevice
 from model.parameters import Parameters
+from model.persistent import PersistentDecoder, why_not_persistent
 from model.sampling import DRAWING, FILTERS
 
 META = TorchDevice("meta")
@@ -66,6 +67,15 @@ def gpt2_decode(config: GPT2Config, rows: int, dtype: str, *, names: tuple[str, 
     decoder = _decoder(config, rows, dtype)
     with dependent_launches():
         decoder._step(rows, config.n_positions, names)
+
+
+def gpt2_persistent(config: GPT2Config, dtype: str, *, names: tuple[str, ...] = (*DRAWING, *FILTERS)) -> None:
+    """A step in one launch, where the model has one; of any number of rows, as the code is the same."""
+    parameters, positions = Parameters(gpt2.slots(config), META, dtype), config.n_positions
+    if why_not_persistent(parameters, config) is not None:
+        return
+    decoder = PersistentDecoder(parameters, config, rows=1, capacity=positions, capture=lambda function: None)
+    decoder._step(1, positions, names)
 
 
 def gpt2_training(config: GPT2Config, rows: int, dtype: str) -> None:
@@ -168,6 +178,8 @@ def _workloads() -> dict[str, Workload]:
             found[f"{name}/decode-{rows}"] = Workload(_token(rows), "float16", step)
         step = partial(gpt2_training, config, 8)
         found[f"{name}/training"] = Workload(f"8 sequences of {full}, and AdamW", "bfloat16", step)
+    step = partial(gpt2_persistent, PRESETS["gpt2"])
+    found["gpt2/persistent"] = Workload(f"{_token(1)} in one launch", "float16", step)
     name, full = "llama-7b", f"{_CONTEXT} tokens, one layer and the output"
     found[f"{name}/prefill"] = Workload(f"a prompt of {full}", "float16", partial(llama_inference, 1, _CONTEXT))
     for rows in (1, 8, 64):

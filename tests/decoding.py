@@ -27,9 +27,9 @@ REQUESTS = [
 ]
 
 
-def lively(device: Any, dtype: str = "float32") -> model.LanguageModel:
-    """A small model whose logits are far apart, so that a rounding changes no choice."""
-    lm = model.from_config(CONFIG, seed=3, device=device, dtype=dtype)
+def lively(device: Any, dtype: str = "float32", **changed) -> model.LanguageModel:
+    """A small model whose logits are far apart, so that a rounding changes no choice. changed: of its CONFIG."""
+    lm = model.from_config(dataclasses.replace(CONFIG, **changed), seed=3, device=device, dtype=dtype)
     for name, array in lm.parameters.items():
         if array.ndim == 2:
             lm.parameters[name] = array * 6

@@ -154,6 +154,7 @@ def test_the_card():
         (["--html", "no/such/folder.html"], "no folder"),
         (["--dtype", "int8"], "float16"),
         (["--device", "cpu", "--dtype", "float32"], "--dtype"),
+        (["--device", "cpu", "--persistent"], "--persistent"),
         (["--device", "tpu"], "auto, cpu or cuda"),
     ],
     ids=lambda each: each if isinstance(each, str) else " ".join(each),

@@ -5,6 +5,8 @@ import torch
 from decoding import REQUESTS, decoder_of, generated, lively
 
 import model
+from bench.cuda_providers import STEP_ERROR, OursPersistent, random_model
+from model.persistent import PersistentDecoder
 from model.sampling import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")]
@@ -17,6 +19,26 @@ def test_a_captured_step_is_the_eager_one(dtype):
     assert generated(graph, slots=3) == generated(decoder_of(lm, rows=3), slots=3)
     graph.warm_up()
     assert generated(graph, slots=3) == generated(decoder_of(lm, rows=3), slots=3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("slots", [1, 3, 7])
+def test_a_persistent_step_is_the_eager_one(dtype, slots):
+    lm = lively(torch.device("cuda"), dtype)
+    ours = PersistentDecoder(lm.parameters, lm.config, rows=slots, capacity=lm.config.n_positions)
+    wanted = generated(decoder_of(lm, rows=slots), slots=slots)
+    for _ in range(3):  # its barrier goes on counting
+        assert generated(ours, slots=slots) == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_persistent_step_of_gpt2(rows):
+    """Logits beside the eager step's, then the same bits in every run: nothing is read too early."""
+    lm = random_model(model.PRESETS["gpt2"], torch.device("cuda"), "float16")
+    prompts = [[7 + row] * (13 * row + 20) for row in range(rows)]
+    ours = OursPersistent(lm)
+    assert ours.step_error(prompts) <= STEP_ERROR
+    assert ours(prompts, 100) == ours(prompts, 100)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

@@ -206,6 +206,25 @@ def _partial_sums(a: Arguments) -> int:
     return a["P"] * a["N"] * _array(a["partial_ptr"]).shape[0]
 
 
+# What a block of a persistent step has: the arguments are the first layer's.
+_BLOCK = " ".join(
+    f"{layer}_{kind}_ptr"
+    for layer in ("norm1", "qkv", "projection", "norm2", "up", "down")
+    for kind in ("weight", "bias")
+)
+
+
+def _every_layer(name: str) -> Callable[[Arguments], int]:
+    return lambda a: a["layers"] * _elements(_array(a[name]))
+
+
+def _step(a: Arguments) -> int:
+    """The products, and attention as far as the cache goes."""
+    C, layers = a["C"], a["layers"]
+    weights = layers * C * (4 * C + 2 * a["F"]) + a["HEAD"] * C
+    return a["M"] * (2 * weights + layers * a["S"] * (4 * C + 4 * a["HEADS"]))
+
+
 def _rope(a: Arguments) -> int:
     return 6 * _elements(_array(a["x_ptr"]))
 
@@ -276,6 +295,13 @@ KERNELS: dict[str, _Kernel] = {
     "_norm_backward_means_kernel": _Kernel("dy_ptr s_ptr weight_ptr mean_ptr rstd_ptr", "means_ptr", _each("s_ptr", 6)),
     "_norm_forward_kernel": _NORM,
     "_norm_forward_wide_kernel": _NORM,
+    "_persistent_step_kernel": _Kernel(
+        f"{_BLOCK} norm_weight_ptr norm_bias_ptr head_ptr k_ptr v_ptr lengths_ptr",
+        "token_ptr lengths_ptr x_ptr",
+        _step,
+        "x_ptr qkv_weight_ptr",
+        part_read={name: _every_layer(name) for name in _BLOCK.split()},
+    ),
     "_product_descriptor_kernel": _Kernel(
         "a_desc b_desc bias_ptr residual_desc", "z_desc out_desc", _product("a_desc"), "a_desc b_desc"
     ),

@@ -22,6 +22,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]  # by the kernel's parameter names, constants included
     constants: tuple[str, ...]  # the names of those that the code was made for
     compiled: Compiled
+    cooperative: bool = False  # refused unless all its programs are on the GPU at once
 
 
 def record(function: Callable[[], Any], *, capability: int) -> list[Launch]:
@@ -95,6 +96,7 @@ class _Driver:
             current = driver.active  # a kernel compiled in an earlier recording has an earlier driver's launcher
             named = dict(zip(source.fn.arg_names, arguments, strict=True))
             constants = tuple(each.name for each in source.fn.params if each.is_constexpr)
-            current.launches.append(Launch(metadata.name, (x, y, z), named, constants, compiled))
+            cooperative = metadata.launch_cooperative_grid
+            current.launches.append(Launch(metadata.name, (x, y, z), named, constants, compiled, cooperative))
 
         return launch

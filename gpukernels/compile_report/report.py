@@ -102,6 +102,7 @@ PRODUCTS = {
     "_attention_forward_kernel",
     "_decode_group_kernel",
     "_few_rows_kernel",
+    "_persistent_step_kernel",
     "_product_descriptor_kernel",
     "_product_kernel",
 }
@@ -113,6 +114,7 @@ EXCEPTIONS = {
     ("_rope_kernel", "spill"): "the product with 2/pi, in integers, of an angle above 105615, in CUDA's sine and "
     "cosine",
     ("_rope_kernel", "width"): "the one loop is CUDA's reduction of a large angle, which reads a table of 2/pi",
+    ("_persistent_step_kernel", "width"): "the first of its loops polls a counter of 8 bytes",
     ("_product_descriptor_kernel", "residency"): "five stages of loads in flight take the shared memory that a second "
     "block would; by probes on an H100, 2026-11-22, at 0.88 to 0.97 of cuBLAS's speed",
 }

@@ -90,32 +90,69 @@ def _operand(tile, WARPS: tl.constexpr, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _piece(pointers, k, K: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr):
-    """Elements k of K; masked if this is not among the first WHOLE pieces, which never pass the end."""
-    return tl.load(pointers) if PIECE < WHOLE else tl.load(pointers, k < K, other=0.0)
+def _piece(pointers, k, there, K: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr):
+    """Elements k of K; masked if this is not among the first WHOLE pieces, which never pass the end.
+
+    there: whether to load at all; None: always. Without, what comes back is not to be used.
+    """
+    if there is None:
+        piece = tl.load(pointers) if PIECE < WHOLE else tl.load(pointers, k < K, other=0.0)
+    else:
+        piece = tl.load(pointers, there) if PIECE < WHOLE else tl.load(pointers, there & (k < K), other=0.0)
+    return piece
 
 
 @triton.jit
-def _weights(
-    weight_ptr, k, stride_wk,
+def weight_places(weight_ptr, tile, N, stride_wn, stride_wk, BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """Pointers to the first piece of the tile's rows, (row, warp, half, element), and its places in K.
+
+    Rows past the end are the last one again.
+    """
+    half = 8 * tl.arange(0, BLOCK_N // 8)
+    n = tile * BLOCK_N + tl.arange(0, 8)[:, None, None, None] + half[None, None, :, None]
+    k = 32 * tl.arange(0, WARPS)[None, :, None, None] + tl.arange(0, 32)[None, None, None, :]
+    return weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * stride_wn + k.to(tl.int64) * stride_wk, k
+
+
+@triton.jit
+def load_weights(
+    weight_ptr, k, there, stride_wk,
     K: tl.constexpr, FIRST: tl.constexpr, PIECES: tl.constexpr, WARPS: tl.constexpr, HALVES: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
-    """Up to PIECES pieces of the weight from FIRST on, those that there are, as a product wants them."""
+    """Up to PIECES pieces of the weight from FIRST on, those that there are, as a product wants them.
+
+    weight_ptr, k: of `weight_places`; there: see `_piece`.
+    """
     STEP: tl.constexpr = WARPS * 32
     WHOLE: tl.constexpr = K // STEP
     ALL: tl.constexpr = max(1, (K + STEP - 1) // STEP)
     weight_ptr += tl.full((), FIRST * STEP, tl.int64) * stride_wk
     weights = ()
     for piece in tl.static_range(FIRST, min(FIRST + PIECES, ALL)):
-        weight = _piece(weight_ptr, k + piece * STEP, K, piece, WHOLE)
+        weight = _piece(weight_ptr, k + piece * STEP, there, K, piece, WHOLE)
         weight_ptr += STEP * stride_wk
         weights = weights + (_operand(weight.to(dtype), WARPS, HALVES),)
     return weights
 
 
 @triton.jit
-def _multiply(
+def load_norm(norm_ptr, k, K: tl.constexpr, WARPS: tl.constexpr):
+    """Every piece of a norm's weight or bias, a copy for each row of x: every lane has what it needs where it needs it.
+
+    k: places in K, (1, warp, element).
+    """
+    STEP: tl.constexpr = WARPS * 32
+    copies = tl.zeros((8, 1, 1), tl.int32) + k
+    pieces = ()
+    for piece in tl.static_range(max(1, (K + STEP - 1) // STEP)):
+        each = copies + piece * STEP
+        pieces = pieces + (_piece(norm_ptr + each, each, None, K, piece, K // STEP),)
+    return pieces
+
+
+@triton.jit
+def multiply_rows(
     x_ptr, residual_ptr, partial_ptr, y_ptr, weights, norm_weights, norm_biases, bias,
     k, col, M, N, stride_xm, stride_residual_m, eps,
     K: tl.constexpr, WARPS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, ALL: tl.constexpr,
@@ -134,7 +171,8 @@ def _multiply(
         pieces = ()
         for piece in tl.static_range(COUNT):
             at = k + (FIRST + piece) * STEP
-            pieces = pieces + (_piece(x_ptr + m[:, None, None] * stride_xm + at, at, K, FIRST + piece, WHOLE),)
+            at_row = x_ptr + m[:, None, None] * stride_xm
+            pieces = pieces + (_piece(at_row + at, at, None, K, FIRST + piece, WHOLE),)
         m = start + row.to(tl.int64)
         mask = (col < N)[:, None] & (m < M)[None, :]
         place = m[None, :] * N + col[:, None]
@@ -207,38 +245,23 @@ def _few_rows_kernel(
     The tensors of four dimensions are (row, warp, half, element).
     """
     STEP: tl.constexpr = WARPS * 32
-    WHOLE: tl.constexpr = K // STEP
     ALL: tl.constexpr = max(1, (K + STEP - 1) // STEP)
     HALVES: tl.constexpr = BLOCK_N // 8
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    first = tl.program_id(0) * BLOCK_N
-    row = tl.arange(0, 8)
-    half = 8 * tl.arange(0, HALVES)
-    warp = 32 * tl.arange(0, WARPS)
-    element = tl.arange(0, 32)
+    tile = tl.program_id(0)
 
-    # Everything down to the wait is constant while a model runs. Rows past the end are the last one again.
-    n = tl.minimum(first + row[:, None, None, None] + half[None, None, :, None], N - 1).to(tl.int64)
-    k4 = warp[None, :, None, None] + element[None, None, None, :]
-    weight_ptr += n * stride_wn + k4.to(tl.int64) * stride_wk
-    weights = _weights(weight_ptr, k4, stride_wk, K, 0, PIECES, WARPS, HALVES, dtype)
-    following = _weights(weight_ptr, k4, stride_wk, K, PIECES, PIECES, WARPS, HALVES, dtype)
-    k = warp[None, :, None] + element[None, None, :]
+    # Everything down to the wait is constant while a model runs.
+    weight_ptr, k4 = weight_places(weight_ptr, tile, N, stride_wn, stride_wk, BLOCK_N, WARPS)
+    weights = load_weights(weight_ptr, k4, None, stride_wk, K, 0, PIECES, WARPS, HALVES, dtype)
+    following = load_weights(weight_ptr, k4, None, stride_wk, K, PIECES, PIECES, WARPS, HALVES, dtype)
+    k = 32 * tl.arange(0, WARPS)[None, :, None] + tl.arange(0, 32)[None, None, :]
     norm_weights = None
     norm_biases = None
     if norm_weight_ptr is not None:
-        # One copy for each row, so that every lane has what it needs where it needs it.
-        copies = tl.zeros((8, 1, 1), tl.int32) + k
-        norm_weights = ()
-        for piece in tl.static_range(ALL):
-            each = copies + piece * STEP
-            norm_weights = norm_weights + (_piece(norm_weight_ptr + each, each, K, piece, WHOLE),)
+        norm_weights = load_norm(norm_weight_ptr, k, K, WARPS)
         if norm_bias_ptr is not None:
-            norm_biases = ()
-            for piece in tl.static_range(ALL):
-                each = copies + piece * STEP
-                norm_biases = norm_biases + (_piece(norm_bias_ptr + each, each, K, piece, WHOLE),)
-    col = first + tl.arange(0, BLOCK_N)
+            norm_biases = load_norm(norm_bias_ptr, k, K, WARPS)
+    col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = None
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)
@@ -247,7 +270,7 @@ def _few_rows_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
     for each in tl.static_range(PASSES):
-        _multiply(
+        multiply_rows(
             x_ptr, residual_ptr, partial_ptr, y_ptr, weights, norm_weights, norm_biases, bias,
             k, col, M, N, stride_xm, stride_residual_m, eps,
             K, WARPS, each * PIECES, min(PIECES, ALL - each * PIECES), ALL, CENTER, ACTIVATION,
@@ -255,7 +278,9 @@ def _few_rows_kernel(
         weights = following
         if each < PASSES - 1:
             tl.debug_barrier()  # what some threads of this program have stored, others load
-            following = _weights(weight_ptr, k4, stride_wk, K, (each + 2) * PIECES, PIECES, WARPS, HALVES, dtype)
+            following = load_weights(
+                weight_ptr, k4, None, stride_wk, K, (each + 2) * PIECES, PIECES, WARPS, HALVES, dtype
+            )
 
 
 def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None):

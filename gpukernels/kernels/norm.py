@@ -32,13 +32,13 @@ from gpukernels.kernels.tiles import norm_backward_tile, norm_forward_tile
 
 
 @triton.jit
-def _norm_forward_kernel(
+def norm_rows(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
-    M, N, stride_xm, stride_residual_m, eps,
+    first, M, N, stride_xm, stride_residual_m, eps,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M whole rows in registers."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """BLOCK_M whole rows from `first` on, in registers; without rstd_ptr no statistics are stored."""
+    row = first + tl.arange(0, BLOCK_M)
     col = tl.arange(0, BLOCK_N)
     row_mask, col_mask = row < M, col < N
     mask = row_mask[:, None] & col_mask[None, :]
@@ -55,14 +55,29 @@ def _norm_forward_kernel(
     if CENTER:
         mean = tl.sum(s, 1) / N
         s = tl.where(col_mask[None, :], s - mean[:, None], 0.0)
-        tl.store(mean_ptr + row, mean, row_mask)
+        if rstd_ptr is not None:
+            tl.store(mean_ptr + row, mean, row_mask)
     rstd = 1 / tl.sqrt_rn(tl.sum(s * s, 1) / N + eps)
-    tl.store(rstd_ptr + row, rstd, row_mask)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + row, rstd, row_mask)
 
     y = s * rstd[:, None] * tl.load(weight_ptr + col, col_mask, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         y += tl.load(bias_ptr + col, col_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row[:, None] * N + col[None, :], y.to(y_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+    M, N, stride_xm, stride_residual_m, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows."""
+    norm_rows(
+        x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, total_ptr, mean_ptr, rstd_ptr,
+        tl.program_id(0) * BLOCK_M, M, N, stride_xm, stride_residual_m, eps, BLOCK_M, BLOCK_N, CENTER,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -183,22 +183,16 @@ def _between_0_and_1(x):
     return tl.where(x > 0, tl.minimum(x, 1.0), 0.0)
 
 
-# What has one value a row may begin at any row: one binary serves them all.
-_VALUES = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "penalty_ptr"]
-_VALUES += ["uniform_ptr", "seed_ptr", "stream_ptr", "step_ptr", "lengths_ptr"]
-
-
-@triton.jit(do_not_specialize_on_alignment=_VALUES)
-def _sample_kernel(
-    x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
+@triton.jit
+def sample_row(
+    row, x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
     uniform_ptr, seed_ptr, stream_ptr, step_ptr, token_ptr,
     lengths_ptr, weight_ptr, position_weight_ptr, embedded_ptr,
     V, stride_xb, stride_seen_b,
     P, C, stride_wv, stride_wc, stride_pp, stride_pc, stride_eb,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One row; with lengths_ptr also what `sample_embed` does with the token."""
-    row = tl.program_id(0).to(tl.int64)
+    """One row, an int64; with lengths_ptr also what `sample_embed` does with the token."""
     x_ptr += row * stride_xb
     penalty = 1.0
     if penalty_ptr is not None:
@@ -278,6 +272,29 @@ def _sample_kernel(
         else:
             token = -1
     tl.store(token_ptr + row, token.to(tl.int64))
+
+
+# What has one value a row may begin at any row: one binary serves them all.
+_VALUES = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "penalty_ptr"]
+_VALUES += ["uniform_ptr", "seed_ptr", "stream_ptr", "step_ptr", "lengths_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_VALUES)
+def _sample_kernel(
+    x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
+    uniform_ptr, seed_ptr, stream_ptr, step_ptr, token_ptr,
+    lengths_ptr, weight_ptr, position_weight_ptr, embedded_ptr,
+    V, stride_xb, stride_seen_b,
+    P, C, stride_wv, stride_wc, stride_pp, stride_pc, stride_eb,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A row for each program."""
+    sample_row(
+        tl.program_id(0).to(tl.int64), x_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, penalty_ptr, seen_ptr,
+        uniform_ptr, seed_ptr, stream_ptr, step_ptr, token_ptr,
+        lengths_ptr, weight_ptr, position_weight_ptr, embedded_ptr,
+        V, stride_xb, stride_seen_b, P, C, stride_wv, stride_wc, stride_pp, stride_pc, stride_eb, BLOCK, BLOCK_C,
+    )  # fmt: skip
 
 
 def sample(

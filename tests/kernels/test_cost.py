@@ -12,8 +12,8 @@ import gpukernels
 from gpukernels.compile_report.cost import KERNELS, Cost, cost_of
 from gpukernels.kernels.device import INTERPRETING
 
-#: With tensor descriptors: the GPU that the interpreter stands for has none.
-NOT_HERE = {"_product_descriptor_kernel"}
+#: With tensor descriptors: the GPU that the interpreter stands for has none. A whole step: test_compile_persistent.py.
+NOT_HERE = {"_product_descriptor_kernel", "_persistent_step_kernel"}
 
 WRITTEN = {
     node.name

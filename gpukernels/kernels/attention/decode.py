@@ -46,6 +46,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpukernels.kernels.attention.shares import arrives_last, combine, load_block, rescale, share_of, take_new
 from gpukernels.kernels.device import cdiv, dependent_launch, gpu
 
 # By the bytes of a key, padded: keys of a block, warps. Three blocks of keys and of values in flight must fit
@@ -61,54 +62,13 @@ _MOST_SPLITS = 128  # what the last program holds at once, 64 wide
 
 
 @triton.jit
-def _share(lengths_ptr, row, S, window, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The row's keys in use, how many programs share them, and the keys of this one: from, to."""
-    length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg").to(tl.int32), S)
-    first = 0
-    if window is not None:
-        first = tl.maximum(length - window, 0)
-    share = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
-    used = tl.maximum(tl.cdiv(length - first, tl.maximum(share, 1)), 1)  # the first one writes zeros if need be
-    start = first + split * share
-    return length, used, start, tl.minimum(start + share, length)
-
-
-@triton.jit
-def _load_block(
-    ptr, start, stop, stride, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Keys or values `start` to `start + BLOCK_N`: (BLOCK_N, BLOCK_D), 0 from `stop` on. WHOLE: all are there.
-
-    .cg: from the L2 cache, where whatever an earlier kernel wrote is, even before this one has waited.
-    """
-    key, d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    pointers = ptr + key[:, None].to(tl.int64) * stride + d[None, :]
-    if WHOLE and D == BLOCK_D:
-        block = tl.load(pointers, cache_modifier=".cg")
-    elif WHOLE:
-        block = tl.load(pointers, (d < D)[None, :], other=0.0, cache_modifier=".cg")
-    else:
-        # What lies past a row's length may be anything, and 0 * inf is NaN.
-        block = tl.load(pointers, (key < stop)[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg")
-    return block
-
-
-@triton.jit
-def _rescale(peak, new_peak):
-    """What a sum with the maximum `peak` is multiplied by, and the base of new weights."""
-    # Where nothing has been seen, -inf must not be subtracted from -inf.
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    return tl.exp2(peak - base), base
-
-
-@triton.jit
 def _attend_head(q, k, v, start, stop, peak, total, acc, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
     """One more block of keys: peak and total (BLOCK_N,), acc (BLOCK_N, BLOCK_D), a row for each lane."""
     t = tl.sum(q[None, :] * k.to(tl.float32), 1)
     if not WHOLE:
         t = tl.where(start + tl.arange(0, BLOCK_N) < stop, t, float("-inf"))
     new_peak = tl.maximum(peak, t)
-    old, base = _rescale(peak, new_peak)
+    old, base = rescale(peak, new_peak)
     weight = tl.exp2(t - base)
     return new_peak, total * old + weight, acc * old[:, None] + weight[:, None] * v.to(tl.float32)
 
@@ -120,56 +80,95 @@ def _attend_group(q, k, v, start, stop, scale, peak, total, acc, BLOCK_N: tl.con
     if not WHOLE:
         t = tl.where((start + tl.arange(0, BLOCK_N) < stop)[None, :], t, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(t, 1))
-    old, base = _rescale(peak, new_peak)
+    old, base = rescale(peak, new_peak)
     weight = tl.exp2(t - base[:, None])
     acc = tl.dot(weight.to(v.dtype), v, acc * old[:, None], input_precision="ieee")
     return new_peak, total * old + tl.sum(weight, 1), acc
 
 
 @triton.jit
-def _take_new(
-    q, new_k_ptr, new_v_ptr, k_ptr, v_ptr, peak, total, acc,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+def find_split(
+    new_k_ptr, k_ptr, v_ptr, lengths_ptr, place, split, Hkv, S, window,
+    stride_kb, stride_kh, stride_vb, stride_vh,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The newest key and value: on top of peak and total (G,), acc (G, BLOCK_D) of q (G, BLOCK_D), and to the cache."""
+    """What a split of one query head is of; `place` counts the heads of all rows.
+
+    Pointers to its keys and values, the length of its row, how many splits that uses, and its keys: the first one,
+    the end of those in the cache, and whether the new one behind them is its too.
+    """
+    heads = Hkv * GROUP
+    row, kv_head = (place // heads).to(tl.int64), (place % heads // GROUP).to(tl.int64)
+    length, used, start, stop = share_of(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
+    old = stop
+    takes_new = False
+    if new_k_ptr is not None:
+        old = tl.minimum(stop, length - 1)
+        takes_new = (split == used - 1) & (length > 0)
+    k_ptr += row * stride_kb + kv_head * stride_kh
+    return k_ptr, v_ptr + row * stride_vb + kv_head * stride_vh, length, used, start, old, takes_new
+
+
+@triton.jit
+def attend_split(
+    q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, acc_ptr, stats_ptr, arrivals_ptr, out_ptr, k, v,
+    place, split, splits, length, used, start, old, takes_new, Hkv, scale,
+    stride_qb, stride_qh, stride_new_kb, stride_new_kh, stride_new_vb, stride_new_vh, stride_ks, stride_vs,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One split of one query head, which `find_split` found and which is one of those used.
+
+    k, v: the block of keys from `start` on, and of values, where they are loaded already; or None.
+    """
+    heads = Hkv * GROUP
+    row, head, place = (place // heads).to(tl.int64), (place % heads).to(tl.int64), place.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    k, v = tl.load(new_k_ptr + d, d < D, other=0.0), tl.load(new_v_ptr + d, d < D, other=0.0)
-    tl.store(k_ptr + d, k, d < D)
-    tl.store(v_ptr + d, v, d < D)
-    t = tl.sum(q * k.to(tl.float32)[None, :], 1)
-    new_peak = tl.maximum(peak, t)
-    old, base = _rescale(peak, new_peak)
-    weight = tl.exp2(t - base)
-    return new_peak, total * old + weight, acc * old[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
+    peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    q = tl.load(q_ptr + row * stride_qb + head * stride_qh + d, d < D, other=0.0).to(tl.float32) * scale
+    block = start
+    if k is not None:
+        peak, total, acc = _attend_head(q, k, v, start, old, peak, total, acc, BLOCK_N, False)
+        block = start + BLOCK_N
+    whole = block + tl.maximum(old - block, 0) // BLOCK_N * BLOCK_N
+    for n in tl.range(block, whole, BLOCK_N, num_stages=3):
+        next_k = load_block(k_ptr, n, old, stride_ks, D, BLOCK_N, BLOCK_D, True)
+        next_v = load_block(v_ptr, n, old, stride_vs, D, BLOCK_N, BLOCK_D, True)
+        peak, total, acc = _attend_head(q, next_k, next_v, n, old, peak, total, acc, BLOCK_N, True)
+    if whole < old:
+        last_k = load_block(k_ptr, whole, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+        last_v = load_block(v_ptr, whole, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+        peak, total, acc = _attend_head(q, last_k, last_v, whole, old, peak, total, acc, BLOCK_N, False)
 
-
-@triton.jit
-def _combine(acc_ptr, stats_ptr, out_ptr, used, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr):
-    """One head: the partials of `used` programs, in the order of the shares, to its output."""
-    # Other programs wrote them: .cg looks for them in the L2 cache.
-    split = tl.arange(0, BLOCK_P)
-    peak = tl.load(stats_ptr + 2 * split, split < used, other=float("-inf"), cache_modifier=".cg")
-    total = tl.load(stats_ptr + 2 * split + 1, split < used, other=0.0, cache_modifier=".cg")
-    weight, _base = _rescale(peak, tl.max(peak, 0))
-    total = tl.sum(weight * total, 0)
-    PART: tl.constexpr = min(64, BLOCK_D)
-    for start in tl.static_range(0, BLOCK_D, PART):
-        d = start + tl.arange(0, PART)
-        mask = (split < used)[:, None] & (d < D)[None, :]
-        acc = tl.load(acc_ptr + split[:, None] * D + d[None, :], mask, other=0.0, cache_modifier=".cg")
-        out = tl.sum(weight[:, None] * acc, 0) / total
-        tl.store(out_ptr + d, out.to(out_ptr.dtype.element_ty), d < D)
-
-
-@triton.jit
-def _arrive(counter_ptr, used):
-    """Whether this is the last of the `used` programs to come here; what they have stored is visible then."""
-    tl.debug_barrier()  # all of this program's stores come before the count
-    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-    last = arrived == used - 1
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
+    top = tl.max(peak, 0)
+    weight, _base = rescale(peak, top)
+    # As a group of one head.
+    one_peak = tl.zeros((1,), tl.float32) + top
+    one_total = tl.zeros((1,), tl.float32) + tl.sum(total * weight, 0)
+    one_acc = tl.sum(acc * weight[:, None], 0)[None, :]
+    if new_k_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
+        if takes_new:
+            newest, kv_head = (length - 1).to(tl.int64), head // GROUP
+            one_peak, one_total, one_acc = take_new(
+                q[None, :],
+                new_k_ptr + row * stride_new_kb + kv_head * stride_new_kh,
+                new_v_ptr + row * stride_new_vb + kv_head * stride_new_vh,
+                k_ptr + newest * stride_ks, v_ptr + newest * stride_vs,
+                one_peak, one_total, one_acc, D, BLOCK_D,
+            )  # fmt: skip
+    if used == 1:
+        out = tl.where(length > 0, one_acc / one_total[:, None], 0.0)
+        tl.store(out_ptr + place * D + d[None, :], out.to(out_ptr.dtype.element_ty), (d < D)[None, :])
+    else:
+        acc_ptr += place * splits * D
+        stats_ptr += place * splits * 2
+        one = tl.arange(0, 1)
+        tl.store(acc_ptr + split * D + d[None, :], one_acc, (d < D)[None, :])
+        tl.store(stats_ptr + 2 * split + one, one_peak)
+        tl.store(stats_ptr + 2 * split + 1 + one, one_total)
+        if arrives_last(arrivals_ptr + place, used):
+            combine(acc_ptr, stats_ptr, out_ptr + place * D, used, D, BLOCK_D, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -182,72 +181,25 @@ def _decode_head_kernel(
     BLOCK_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split of one query head."""
-    heads, split = Hkv * GROUP, tl.program_id(1)
-    row, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
-    length, used, start, stop = _share(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
+    place, split = tl.program_id(0), tl.program_id(1)
+    k_ptr, v_ptr, length, used, start, old, takes_new = find_split(
+        new_k_ptr, k_ptr, v_ptr, lengths_ptr, place, split, Hkv, S, window,
+        stride_kb, stride_kh, stride_vb, stride_vh, SPLITS, GROUP, BLOCK_N,
+    )  # fmt: skip
     if split < used:
-        place = tl.program_id(0).to(tl.int64)
-        d = tl.arange(0, BLOCK_D)
-        k_ptr += row * stride_kb + head // GROUP * stride_kh
-        v_ptr += row * stride_vb + head // GROUP * stride_vh
-        old = stop  # keys up to here come from the cache
-        newest = length - 1
-        if new_k_ptr is not None:
-            old = tl.minimum(stop, newest)
-        peak = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        q_pointers = q_ptr + row * stride_qb + head * stride_qh + d
-        block = start
+        k = None
+        v = None
         if DEPENDENT:
-            k = _load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
-            v = _load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            k = load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-            q = tl.load(q_pointers, d < D, other=0.0).to(tl.float32) * scale
-            peak, total, acc = _attend_head(q, k, v, start, old, peak, total, acc, BLOCK_N, False)
-            block = start + BLOCK_N
-        else:
-            q = tl.load(q_pointers, d < D, other=0.0).to(tl.float32) * scale
-        whole = block + tl.maximum(old - block, 0) // BLOCK_N * BLOCK_N
-        for n in tl.range(block, whole, BLOCK_N, num_stages=3):
-            k = _load_block(k_ptr, n, old, stride_ks, D, BLOCK_N, BLOCK_D, True)
-            v = _load_block(v_ptr, n, old, stride_vs, D, BLOCK_N, BLOCK_D, True)
-            peak, total, acc = _attend_head(q, k, v, n, old, peak, total, acc, BLOCK_N, True)
-        if whole < old:
-            k = _load_block(k_ptr, whole, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
-            v = _load_block(v_ptr, whole, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
-            peak, total, acc = _attend_head(q, k, v, whole, old, peak, total, acc, BLOCK_N, False)
-
-        top = tl.max(peak, 0)
-        weight, _base = _rescale(peak, top)
-        # As a group of one head.
-        one_peak = tl.zeros((1,), tl.float32) + top
-        one_total = tl.zeros((1,), tl.float32) + tl.sum(total * weight, 0)
-        one_acc = tl.sum(acc * weight[:, None], 0)[None, :]
-        if new_k_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
-            if (split == used - 1) & (length > 0):
-                group_head = head // GROUP
-                one_peak, one_total, one_acc = _take_new(
-                    q[None, :],
-                    new_k_ptr + row * stride_new_kb + group_head * stride_new_kh,
-                    new_v_ptr + row * stride_new_vb + group_head * stride_new_vh,
-                    k_ptr + newest.to(tl.int64) * stride_ks, v_ptr + newest.to(tl.int64) * stride_vs,
-                    one_peak, one_total, one_acc, D, BLOCK_D,
-                )  # fmt: skip
-        if used == 1:
-            out = tl.where(length > 0, one_acc / one_total[:, None], 0.0)
-            tl.store(out_ptr + place * D + d[None, :], out.to(out_ptr.dtype.element_ty), (d < D)[None, :])
-        else:
-            splits = tl.num_programs(1)
-            acc_ptr += place * splits * D
-            stats_ptr += place * splits * 2
-            one = tl.arange(0, 1)
-            tl.store(acc_ptr + split * D + d[None, :], one_acc, (d < D)[None, :])
-            tl.store(stats_ptr + 2 * split + one, one_peak)
-            tl.store(stats_ptr + 2 * split + 1 + one, one_total)
-            if _arrive(arrivals_ptr + place, used):
-                _combine(acc_ptr, stats_ptr, out_ptr + place * D, used, D, BLOCK_D, BLOCK_P)
+        attend_split(
+            q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, acc_ptr, stats_ptr, arrivals_ptr, out_ptr, k, v,
+            place, split, tl.num_programs(1), length, used, start, old, takes_new, Hkv, scale,
+            stride_qb, stride_qh, stride_new_kb, stride_new_kh, stride_new_vb, stride_new_vh, stride_ks, stride_vs,
+            GROUP, D, BLOCK_N, BLOCK_D, BLOCK_P,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -262,7 +214,7 @@ def _decode_group_kernel(
     """One split of up to BLOCK_G of the GROUP query heads that share a key-value head."""
     row, kv_head = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     split = tl.program_id(1)
-    length, used, start, stop = _share(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
+    length, used, start, stop = share_of(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
     if split < used:
         member = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
         head, head_mask = kv_head * GROUP + member, member < GROUP
@@ -281,8 +233,8 @@ def _decode_group_kernel(
         q_pointers = q_ptr + row * stride_qb + head[:, None] * stride_qh + d[None, :]
         block = start
         if DEPENDENT:
-            k = _load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
-            v = _load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            k = load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
             q = tl.load(q_pointers, mask, other=0.0)
@@ -292,16 +244,16 @@ def _decode_group_kernel(
             q = tl.load(q_pointers, mask, other=0.0)
         whole = block + tl.maximum(old - block, 0) // BLOCK_N * BLOCK_N
         for n in range(block, whole, BLOCK_N):
-            k = _load_block(k_ptr, n, old, stride_ks, D, BLOCK_N, BLOCK_D, True)
-            v = _load_block(v_ptr, n, old, stride_vs, D, BLOCK_N, BLOCK_D, True)
+            k = load_block(k_ptr, n, old, stride_ks, D, BLOCK_N, BLOCK_D, True)
+            v = load_block(v_ptr, n, old, stride_vs, D, BLOCK_N, BLOCK_D, True)
             peak, total, acc = _attend_group(q, k, v, n, old, scale, peak, total, acc, BLOCK_N, True)
         if whole < old:
-            k = _load_block(k_ptr, whole, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
-            v = _load_block(v_ptr, whole, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
+            k = load_block(k_ptr, whole, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
+            v = load_block(v_ptr, whole, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
             peak, total, acc = _attend_group(q, k, v, whole, old, scale, peak, total, acc, BLOCK_N, False)
         if new_k_ptr is not None:  # noqa: SIM102 (decided when the kernel is compiled)
             if (split == used - 1) & (length > 0):
-                peak, total, acc = _take_new(
+                peak, total, acc = take_new(
                     q.to(tl.float32) * scale,
                     new_k_ptr + row * stride_new_kb + kv_head * stride_new_kh,
                     new_v_ptr + row * stride_new_vb + kv_head * stride_new_vh,
@@ -318,11 +270,11 @@ def _decode_group_kernel(
             tl.store(stats_ptr + 2 * partial, peak, head_mask)
             tl.store(stats_ptr + 2 * partial + 1, total, head_mask)
             first = (row * Hkv + kv_head) * GROUP + tl.program_id(2) * BLOCK_G
-            if _arrive(arrivals_ptr + first, used):
+            if arrives_last(arrivals_ptr + first, used):
                 for each in range(0, tl.minimum(BLOCK_G, GROUP - tl.program_id(2) * BLOCK_G)):
                     at = first + each
                     partials = acc_ptr + at * splits * D
-                    _combine(partials, stats_ptr + at * splits * 2, out_ptr + at * D, used, D, BLOCK_D, BLOCK_P)
+                    combine(partials, stats_ptr + at * splits * 2, out_ptr + at * D, used, D, BLOCK_D, BLOCK_P)
 
 
 def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None, arrivals=None):
@@ -338,9 +290,11 @@ def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None,
     group, BLOCK_D = H // Hkv, max(16, triton.next_power_of_2(D))
     shared = group > 1 and q.dtype != torch.float32
     group_tiles = _GROUP_TILES_SMALL if gpu().has_small_blocks else _GROUP_TILES
-    BLOCK_N, num_warps = _tile(group_tiles if shared else _HEAD_TILES, BLOCK_D * q.element_size())
-    programs = Hkv * cdiv(group, _GROUP) if shared else H
-    SPLITS = max(1, min(_MOST_SPLITS, gpu().multiprocessors // programs))
+    if shared:
+        BLOCK_N, num_warps = _tile(group_tiles, BLOCK_D * q.element_size())
+    else:
+        BLOCK_N, num_warps = head_tile(D, q.element_size())
+    SPLITS = most_splits(Hkv * cdiv(group, _GROUP) if shared else H)
     splits = max(1, min(SPLITS, cdiv(S, BLOCK_N)))  # those that a row of S keys would use
 
     acc = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
@@ -365,3 +319,13 @@ def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None,
 
 def _tile(table: dict[int, tuple[int, int]], size: int) -> tuple[int, int]:
     return next(tile for most, tile in table.items() if size <= most)
+
+
+def head_tile(D: int, itemsize: int) -> tuple[int, int]:
+    """Keys of a block and warps of a program, where every head has its keys to itself."""
+    return _tile(_HEAD_TILES, max(16, triton.next_power_of_2(D)) * itemsize)
+
+
+def most_splits(programs: int) -> int:
+    """Into how many shares a row's keys are divided at most, with so many programs for each share."""
+    return max(1, min(_MOST_SPLITS, gpu().multiprocessors // programs))
