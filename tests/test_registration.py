@@ -5,6 +5,7 @@ Runs twice: with the CPU implementations in plain torch, and once more with the 
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from kernel_cases import DEVICE, HALF, SINGLE
 
 import gpukernels
@@ -276,6 +277,14 @@ def test_a_second_derivative_is_refused_and_not_wrong(name):
             torch.autograd.grad(sum(x.square().sum() for x in found), leaves, allow_unused=True)
     else:
         assert name == "embedded"
+
+
+def test_a_graph_of_a_checkpointed_op_may_be_asked_for():
+    x = leaf(SINGLE, 3, 20)
+    y = torch.utils.checkpoint.checkpoint(library.gelu, x, use_reentrant=False)
+    (found,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (want,) = torch.autograd.grad(library.gelu(x).sum(), x)
+    assert torch.equal(found, want)
 
 
 def test_the_second_derivative_of_a_product_is_torchs():

@@ -204,7 +204,7 @@ def _launch(a, b, bias, activation, residual, z, out, split_k, narrow=False):
         tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
         _product_descriptor_kernel[(min(tiles * parts, gpu().multiprocessors),)](
             _descriptor(a, whole[0], whole[2], a_by_column), _descriptor(b, whole[2], whole[1], b_by_column),
-            bias, *(each if each is None else _descriptor(each.view(-1, N), *half) for each in (residual, z, out)),
+            bias, *(each if each is None else _descriptor(each, *half) for each in (residual, z, out)),
             M, N, K, split_k, parts,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K, GROUP_M=GROUP_M,
             A_BY_COLUMN=a_by_column, B_BY_COLUMN=b_by_column, ACTIVATION=activation,
@@ -266,6 +266,8 @@ def _rows_suit_descriptors(x: torch.Tensor) -> bool:
 
 def _descriptor(x: torch.Tensor, height: int, width: int, by_column: bool = False) -> TensorDescriptor:
     """Of x (rows, columns), whose blocks are height x width; with `by_column`, of its transposed view."""
+    if x.ndim == 3:  # parts of a sum; a view of a single row would not keep its stride
+        x = x.view(-1, x.shape[-1])
     return (
         TensorDescriptor.from_tensor(x.T, [width, height])
         if by_column

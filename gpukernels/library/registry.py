@@ -46,16 +46,27 @@ def _only_once(name: str, backward: Callable) -> Callable:
     """torch would take a backward op without a gradient of its own for a constant, and make wrong second ones."""
 
     def run(ctx, *upstream):
-        found = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
-            return found
+            return backward(ctx, *upstream)
         # create_graph=True: what is found is a result of everything that it was made from.
+        ctx = _Opened(ctx)
+        found = backward(ctx, *upstream)
         sources = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad]
         if not sources:
             return found
         return tuple(x if x is None else _NoSecond.apply(name, x.detach(), *sources) for x in found)
 
     return run
+
+
+class _Opened:
+    """A context whose tensors are unpacked once, for a checkpoint makes them only once."""
+
+    def __init__(self, ctx):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
 
 
 class _NoSecond(torch.autograd.Function):

@@ -7,6 +7,8 @@ from truth_loss import OPTIONS, REDUCTIONS, check_linear, draw_tokens, draw_weig
 
 import gpukernels
 from gpukernels.kernels import linear_loss as kernels
+from gpukernels.kernels import matmul
+from gpukernels.kernels.device import INTERPRETING, Gpu
 from gpukernels.verify.compare import host
 from gpukernels.verify.layouts import LAYOUTS
 
@@ -32,6 +34,14 @@ def test_shapes(reduction, weighted):
     for tokens, width, vocabulary in (((), 1, 1), ((1,), 16, 64), ((5,), 17, 1030)):
         given = arrays(HALF, tokens, width, vocabulary, ignored=(), weighted=weighted)
         check_linear(given, reduction=reduction, chunk=3)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="the GPU is what it is")
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(6, 64), (5, 50), (1, 50), (1, 1)])
+def test_a_chunk_of_one_token_by_descriptors(tokens, vocabulary, monkeypatch):
+    """A single row of logits keeps the distance to a next one that is not there."""
+    monkeypatch.setattr(matmul, "gpu", lambda: Gpu(90, 3))
+    check_linear(arrays(HALF, (tokens,), 16, vocabulary, ignored=()), reduction="mean", chunk=4)
 
 
 def test_no_tokens():

@@ -287,6 +287,16 @@ def test_gpt2s_gradients_are_split_to_fill_an_h100():
 
 
 @small
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_result_of_padded_rows(kernel, rows):
+    """A view of a single row may lose its stride, which descriptors must have in 16 bytes."""
+    a, b, out = HALF.draw(rows, 16), HALF.draw(50, 16).T, HALF.draw(rows, 64)[:, :50]
+    product(a, b, out=out)
+    truth = true_matmul(host(a), host(b))
+    assert (abs(host(out) - truth.value) <= bound("float16", truth.length, truth.magnitude)).all()
+
+
+@small
 def test_a_product_is_added_to_a_float32_total(kernel):
     a, b = HALF.draw(33, 24), HALF.draw(24, 40)
     total = SINGLE.draw(33, 40)
