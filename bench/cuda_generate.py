@@ -4,6 +4,7 @@ A case is a batch of prompts of one length and a number of new tokens. Two times
 token alone, and of all. What lies between, by the tokens but one, is the latency of a token.
 """
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -78,11 +79,16 @@ def measure(
     runs, truth = providers(lm, compiled=compiled, persistent=persistent), judge(lm)
     for case in cases:
         prompts = _prompts(case, config)
-        warm_up = {OURS: {"warm_up_seconds": lm.warm_up(case.batch)}}
+        warm_up: dict[str, Row] = {}
+        with contextlib.suppress(Exception):  # of ours, which the answers below will tell
+            warm_up[OURS] = {"warm_up_seconds": lm.warm_up(case.batch)}
         found = {name: _judged(run, prompts, case.new, truth) for name, run in runs.items()}
         right = {name: run for name, run in runs.items() if _is_right(found[name], dtype)}
-        first = interleaved({name: _timed(run, prompts, 1) for name, run in right.items()}, rounds=rounds, pause=0)
-        whole = interleaved({n: _timed(run, prompts, case.new) for n, run in right.items()}, rounds=rounds, pause=0)
+        faults: dict[str, Exception] = {}
+        options = {"rounds": rounds, "pause": 0, "faults": faults}
+        first = interleaved({name: _timed(run, prompts, 1) for name, run in right.items()}, **options)
+        whole = interleaved({name: _timed(right[name], prompts, case.new) for name in first}, **options)
+        found |= {name: {"fault": _said(fault)} for name, fault in faults.items()}
         floor = None
         if bandwidth is not None:
             mean = case.context + case.new // 2
@@ -90,7 +96,7 @@ def measure(
         rows = []
         for name, answer in found.items():
             row: Row = {"preset": preset, "dtype": dtype, **case._asdict(), "runtime": name, **answer}
-            if name in right:
+            if name in whole:
                 row |= _figures(case, first[name], whole[name], floor) | warm_up.get(name, {})
                 row["over"] = {other: whole[name].speedup(times) for other, times in whole.items() if other != name}
             rows.append(row)
@@ -121,15 +127,21 @@ def _judged(run: Generate, prompts: Sequence[Sequence[int]], new: int, truth: Ju
     try:
         tokens = run(prompts, new)
     except Exception as fault:  # of one runtime; the others can still be measured
-        return {"fault": f"{type(fault).__name__}: {fault}".splitlines()[0]}
+        return {"fault": _said(fault)}
     if [len(each) for each in tokens] != [new] * len(prompts):
         return {"fault": "another number of tokens"}
+    if min(map(min, tokens)) < 0:  # the judge's table has no such row, and a GPU does not recover from reading one
+        return {"fault": "a token of -1: its logits are not finite"}
     worst = 0.0
     for prompt, chosen in list(zip(prompts, tokens, strict=True))[:_JUDGED]:
         logits = truth.logits([*prompt, *chosen])[len(prompt) - 1 : -1]
         behind = logits.max(1) - logits[np.arange(new), chosen]
         worst = max(worst, float((behind / np.abs(logits).max(1)).max()))
     return {"regret": worst}
+
+
+def _said(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {fault}".splitlines()[0]
 
 
 def _timed(run: Generate, prompts: Sequence[Sequence[int]], new: int) -> Callable[[], float]:

@@ -115,6 +115,8 @@ def _entry(case: Case, direction: str, provider: Provider, verdicts: dict, fault
     row |= {"dtype": str(case.dtype).removeprefix("torch."), "direction": direction, "provider": provider.name}
     if provider.name in faults:
         return row | {"fault": faults[provider.name]}
+    if provider.joint and direction == "backward":
+        return row | {"fault": "its gradients are made in its forward pass: see both"}
     verdict = verdicts[provider.name][direction]
     if math.isfinite(verdict.error) and math.isfinite(verdict.of_bound):  # JSON has no other numbers
         row |= {"error": verdict.error, "of_bound": verdict.of_bound}

@@ -50,6 +50,8 @@ def main(
         for file in (json_file, html_file):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ValueError(f"{file}: there is no folder {file.absolute().parent}")
+            if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
+                raise ValueError(f"{file}: no file can be written there")
         if INTERPRETING:
             raise ValueError("kernels are interpreted in this process; start it without TRITON_INTERPRET")
         earlier = _earlier(json_file) if resume else []

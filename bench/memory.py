@@ -97,8 +97,13 @@ def _loads(name: str, device: str, rounds: int) -> list[dict[str, Any]]:
             for runtime, make in RUNTIMES.items():
                 if runtime == "transformers" and not (installed("torch") and installed("transformers")):
                     continue
-                worker = Worker(make, folder, device, dtype)
-                found = worker.call("load", ids, rounds)[0]
+                try:
+                    worker = Worker(make, folder, device, dtype)
+                    found = worker.call("load", ids, rounds)[0]
+                except RuntimeError as fault:  # of one runtime; the others can still be measured
+                    row = {"model": name, "dtype": dtype, "runtime": runtime, "max_logit_error": None}
+                    rows.append(row | {"wrong": True, "fault": str(fault)})
+                    continue
                 worker.close()
                 truth = found["logits"] if truth is None else truth
                 rows.append(_row(name, dtype, runtime, found, truth))
@@ -118,7 +123,7 @@ def _row(name: str, dtype: str, runtime: str, found: dict[str, Any], truth: np.n
 def _load_cells(row: dict[str, Any]) -> tuple[str, ...]:
     head = (row["model"], row["dtype"], row["runtime"])
     if row["wrong"]:
-        return (*head, "wrong answer", "", "", "", "", "")
+        return (*head, row.get("fault", "wrong answer")[:60], "", "", "", "", "")
     return (
         *head,
         f"{row['seconds']:.2f}",

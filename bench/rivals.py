@@ -25,6 +25,7 @@ class Provider(NamedTuple):
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around its calls
     at_once: Callable[..., Any] | None = None  # results and gradients in one call, for "both"
     capturable: bool = True  # a CUDA graph can hold it
+    joint: bool = False  # its forward pass makes the gradients: its backward alone is nothing
 
 
 class Op(NamedTuple):
@@ -103,10 +104,10 @@ def _backends(function: Callable[..., Any]) -> Callable[[], list[Provider]]:
 # Liger-Kernel. Its RoPE is left out: it writes over its inputs, and takes tables that ours makes.
 
 
-def _liger(name: str, call: Callable[..., Any], *, capturable: bool = True) -> Callable[[], list[Provider]]:
+def _liger(name: str, call: Callable[..., Any], **options: bool) -> Callable[[], list[Provider]]:
     def made() -> list[Provider]:
         there = find_spec("liger_kernel") is not None and torch.cuda.is_available()
-        return [Provider("Liger", run, capturable=capturable)] if there else []
+        return [Provider("Liger", run, **options)] if there else []
 
     def run(**inputs: torch.Tensor) -> Any:
         # Here, so that one that cannot be imported is a row of a table, and no end of it.
@@ -122,12 +123,13 @@ _liger_rms_norm = _liger("liger_rms_norm", lambda run, x, weight: run(x, weight,
 _liger_swiglu = _liger("liger_swiglu", lambda run, gate, up: run(gate, up))
 # Their backward pass asks the device whether the upstream gradient is 1, which no graph can hold.
 _liger_cross_entropy = _liger(
-    "liger_cross_entropy", lambda run, logits, targets: run(logits, targets), capturable=False
+    "liger_cross_entropy", lambda run, logits, targets: run(logits, targets), capturable=False, joint=True
 )
 _liger_linear_cross_entropy = _liger(
     "liger_fused_linear_cross_entropy",
     lambda run, hidden, weight, targets: run(hidden, weight, targets),
     capturable=False,
+    joint=True,
 )
 
 

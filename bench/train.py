@@ -70,7 +70,8 @@ def main(
         make = model.load if case is CPU else model.from_config
         lm = make(case.source, device="cpu", dtype="float32")
         lm.save(folder)
-        document = measure(case, lm, _workers(case, folder, compiled), rounds)
+        faults: dict[str, str] = {}
+        document = measure(case, lm, _workers(case, folder, compiled, faults), rounds, faults)
     rows = document["rows"]
     show(
         f"Training {case.name}, {case.device}",
@@ -80,13 +81,18 @@ def main(
     print(json.dumps({"bench": "train", "rounds": rounds, **machine(), **document}))
 
 
-def measure(case: Case, lm: model.LanguageModel, workers: dict[str, Worker], rounds: int) -> dict[str, object]:
-    """The figures of every trainer; those whose losses are wrong have no speed."""
-    rows = case.rows(lm)
-    answers: dict[str, Steps] = {
-        name: each.call("train", rows, case.batch, CHECKED)[0] for name, each in workers.items()
-    }
-    judge = answers.get(_BASELINE, answers[OURS])
+def measure(
+    case: Case, lm: model.LanguageModel, workers: dict[str, Worker], rounds: int, faults: dict[str, str] | None = None
+) -> dict[str, object]:
+    """The figures of every trainer; those whose losses are wrong have no speed, nor those of `faults`, by name."""
+    rows, faults = case.rows(lm), {} if faults is None else faults
+    answers: dict[str, Steps] = {}
+    for name, worker in workers.items():
+        try:
+            answers[name] = worker.call("train", rows, case.batch, CHECKED)[0]
+        except RuntimeError as fault:  # of one trainer; the others can still be measured
+            faults[name] = str(fault)
+    judge = answers.get(_BASELINE, answers.get(OURS))
     errors = {name: float(np.abs(np.subtract(each.losses, judge.losses)).max()) for name, each in answers.items()}
     right = [name for name, error in errors.items() if error <= case.tolerance]
     found: dict[str, Steps] = {}
@@ -98,27 +104,32 @@ def measure(case: Case, lm: model.LanguageModel, workers: dict[str, Worker], rou
 
         return run
 
-    times = interleaved({name: timed(name) for name in right}, rounds=rounds)
+    failed: dict[str, Exception] = {}
+    times = interleaved({name: timed(name) for name in right}, rounds=rounds, faults=failed)
+    faults |= {name: str(fault) for name, fault in failed.items()}
     for worker in workers.values():
         worker.close()
     tokens = case.steps * case.batch * rows.shape[1]
     flops, peak = flops_per_token(lm.config, rows.shape[1]), _peak(case)
-    return {
-        "case": case.name,
-        "device": case.device,
-        "rows": [
-            _row(name, error, times, tokens, found.get(name), peak and flops / peak) for name, error in errors.items()
-        ],
-    }
+    share = peak and flops / peak
+    made = [_row(name, errors[name], times, tokens, found.get(name), share) for name in errors if name not in faults]
+    made += [{"trainer": name, "loss_error": None, "right": False, "fault": said} for name, said in faults.items()]
+    return {"case": case.name, "device": case.device, "rows": made}
 
 
-def _workers(case: Case, folder: Path, compiled: bool) -> dict[str, Worker]:
+def _workers(case: Case, folder: Path, compiled: bool, faults: dict[str, str]) -> dict[str, Worker]:
     made: dict[str, tuple] = {OURS: (Ours, folder, case.device, case.dtype)}
     if installed("transformers"):
         made[_BASELINE] = (Transformers, folder, case.device, case.dtype)
         if compiled:
             made["transformers compiled"] = (Transformers, folder, case.device, case.dtype, True)
-    return {name: Worker(*each) for name, each in made.items()}
+    workers = {}
+    for name, each in made.items():
+        try:
+            workers[name] = Worker(*each)
+        except RuntimeError as fault:
+            faults[name] = str(fault)
+    return workers
 
 
 def _peak(case: Case) -> float | None:
@@ -145,6 +156,8 @@ def _row(
 
 
 def _cells(row: dict[str, object]) -> tuple[str, ...]:
+    if "fault" in row:
+        return (row["trainer"], row["fault"][:60], "", "", "", "", "")
     error = f"{row['loss_error']:.1e}"
     if not row["right"]:
         return (row["trainer"], "wrong losses", "", "", "", "", error)

@@ -1,18 +1,21 @@
 """Tiles tried on this GPU: what `python -m bench.kernels --tune OP` does, and the rows to paste.
 
-A candidate takes the place of what a tile table gives, in the launcher that asks for it. It has to compile, to
-pass the gate, and is then timed side by side with the present tile, as `bench.kernels` times providers.
+A candidate takes the place of what a tile table gives, in the launcher that asks for it. All are compiled first,
+many at a time. Each has to pass the gate, and is then timed side by side with the present tile, as `bench.kernels`
+times providers.
 """
 
 import contextlib
 import datetime
 import importlib
 import itertools
+from collections import namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import Any, NamedTuple
 from unittest import mock
 
-from bench import gate, kernel_cases, kernel_tables
+from bench import compiling, gate, kernel_cases, kernel_tables
 from bench.gpu_timing import Clock, Device
 from bench.kernel_cases import Case
 from bench.kernel_rows import clocks, in_a_line, work
@@ -25,21 +28,35 @@ class Knob(NamedTuple):
     """A tile function, as one launcher asks it, and what is tried of its fields."""
 
     module: str  # of the launcher, in gpukernels.kernels
-    function: str
+    function: str | None  # None: the fields are the module's constants
     direction: str
     choices: dict[str, tuple[int, ...]]
     row: Callable[[Any], str]  # a tile as its table has it
     part: int | None = None  # which tile of several that the function gives
+    fields: tuple[str, ...] = ()  # the names, where it gives a plain tuple
+
+    @property
+    def name(self) -> str:
+        return self.function or f"{self.module}: {', '.join(self.choices)}"
 
     @contextlib.contextmanager
     def trying(self, changes: dict[str, int], seen: list[Any] | None = None) -> Iterator[None]:
         """While this lasts, the launcher gets tiles with these fields changed; `seen` collects them."""
         module = importlib.import_module(f"gpukernels.kernels.{self.module}")
+        if self.function is None:
+            with contextlib.ExitStack() as stack:
+                for name, value in changes.items():
+                    stack.enter_context(mock.patch.object(module, name, value))
+                if seen is not None:
+                    seen.append(tuple(getattr(module, name) for name in self.choices))
+                yield
+            return
         original = getattr(module, self.function)
 
         def changed(*args: Any, **options: Any) -> Any:
             given = original(*args, **options)
             own = given if self.part is None else given[self.part]
+            own = namedtuple("Tile", self.fields)(*own) if self.fields else own
             own = own._replace(**changes)
             if seen is not None:
                 seen.append(own)
@@ -110,9 +127,37 @@ def _losses() -> list[Knob]:
     return [Knob("loss", "_tile", direction, choices, repr) for direction in ("forward", "both")]
 
 
+def _losses_in_chunks() -> list[Knob]:
+    chunks = {"_CHUNK_BYTES": (1 << 27, 1 << 28, 1 << 29)}
+    return [Knob("linear_loss", None, "both", chunks, _values), _losses()[1]]
+
+
+def _values(constants: Any) -> str:
+    return ", ".join(map(str, constants))
+
+
+def _embeddings() -> list[Knob]:
+    forward = {"BLOCK_C": (256, 512, 1024, 2048), "num_warps": (1, 2, 4)}
+    backward = {"BLOCK_M": (1, 2, 4, 8), "BLOCK_C": (256, 512, 1024), "num_warps": (1, 2, 4)}
+    return [
+        Knob("embedding", "embedding_tile", "forward", forward, repr),
+        Knob("embedding", "embedding_tile", "backward", backward, repr),
+    ]
+
+
 #: By op. A function that the launcher does not ask on this GPU is passed over.
 KNOBS: dict[str, list[Knob]] = {
     "attention": _attention(),
+    "decode_attention": [
+        Knob(
+            "attention.decode",
+            "_tile",
+            "forward",
+            {"BLOCK_N": (16, 32, 64, 128), "num_warps": (2, 4, 8)},
+            repr,
+            fields=("BLOCK_N", "num_warps"),
+        ),
+    ],
     "layer_norm": _norms(),
     "rms_norm": _norms(),
     "linear": _products(),
@@ -120,8 +165,12 @@ KNOBS: dict[str, list[Knob]] = {
     "few_rows": _few_rows(),
     "norm_linear": _few_rows(),
     "cross_entropy": _losses(),
+    "linear_cross_entropy": _losses_in_chunks(),
     "swiglu": _pointwise(),
     "gelu": _pointwise(),
+    "embedding": _embeddings(),
+    "adamw": [Knob("optimizer", None, "forward", {"_BLOCK": (512, 1024, 2048, 4096), "_WARPS": (2, 4, 8)}, _values)],
+    "sample": [Knob("sampling", None, "forward", {"_BLOCK": (2048, 4096, 8192), "_WARPS": (4, 8, 16)}, _values)],
     "rope": [Knob("rope", "rope_tile", "forward", {"BLOCK_H": (1, 2, 8, 32), "num_warps": (1, 2, 4)}, repr)],
 }
 
@@ -134,9 +183,14 @@ def tune(op: str, device: Device, *, quick: bool, rounds: int) -> None:
     """
     if op not in KNOBS:
         raise ValueError(f"the op to tune must be one of {', '.join(KNOBS)}, got {op!r}")
-    for case in kernel_cases.chosen([op], quick=quick):
-        for knob in KNOBS[op]:
-            _tuned(case, knob, device, rounds)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(compiling.processes()) if device.kind == "cuda" else None
+        for case in kernel_cases.chosen([op], quick=quick):
+            for number, knob in enumerate(KNOBS[op]):
+                try:
+                    _tuned(case, number, knob, device, rounds, pool)
+                except Exception as fault:  # of the tile as it is now: other shapes can still be tried
+                    print(f"{case.name}, {knob.direction}: {knob.name}: {in_a_line(fault)}\n")
 
 
 class _Tried(NamedTuple):
@@ -145,11 +199,13 @@ class _Tried(NamedTuple):
     speedup: float  # over the present tile, side by side
 
 
-def _tuned(case: Case, knob: Knob, device: Device, rounds: int) -> None:
+def _tuned(case: Case, number: int, knob: Knob, device: Device, rounds: int, pool: Executor | None) -> None:
     truth = gate.true(case, device.kind)
     tile, present = _clock(case, knob, {}, truth, device)
     if tile is None:
         return  # the launcher does not ask on this GPU
+    if pool is not None:  # what does not compile says so again below
+        compiling.compiled([("tile", (case.name, number, changes)) for changes in knob.candidates()], pool)
     tried, faults = {}, {}
     for changes in ({}, *knob.candidates()):
         name = ", ".join(f"{field} {value}" for field, value in changes.items()) or "as it is now"
@@ -161,10 +217,12 @@ def _tuned(case: Case, knob: Knob, device: Device, rounds: int) -> None:
             continue
         own = times["tried"]
         tried[name] = _Tried(tile, 1e3 * own.median, own.speedup(times["now"]))
+    if not tried:
+        raise RuntimeError(f"no tile can be timed, not even the present one: {next(iter(faults.values()))}")
     order = sorted(tried, key=lambda name: -tried[name].speedup)
     rows = [(name, kernel_tables.digits(tried[name].milliseconds), f"{tried[name].speedup:.3f}") for name in order]
     rows += [(name, "", fault) for name, fault in faults.items()]
-    show(f"{case.name}, {knob.direction}: {knob.function}", ("tile", "ms", "times as fast as now"), rows)
+    show(f"{case.name}, {knob.direction}: {knob.name}", ("tile", "ms", "times as fast as now"), rows)
     best, amount = tried[order[0]], work(case, knob.direction)
     speed = f"{kernel_tables.digits(amount.rate(best.milliseconds / 1e3))} {amount.unit}"
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")

@@ -12,7 +12,10 @@ from typing import Any
 
 
 class Worker:
-    """Calls methods of the object that `make(*arguments)` builds in another process."""
+    """Calls methods of the object that `make(*arguments)` builds in another process.
+
+    What goes wrong there is a RuntimeError here.
+    """
 
     def __init__(self, make: Callable[..., object], *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -32,7 +35,11 @@ class Worker:
         self._process.join()
 
     def _receive(self) -> Any:
-        answer = self._pipe.recv()
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"its process ended with code {self._process.exitcode}") from None
         if isinstance(answer, BaseException):
             raise answer
         return answer

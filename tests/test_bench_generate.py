@@ -18,6 +18,7 @@ from bench.cuda_providers import (
     NUMPY,
     OURS,
     TRANSFORMERS,
+    Later,
     TorchGraph,
     Transformers,
     random_model,
@@ -96,6 +97,34 @@ def test_a_wrong_answer_gets_no_speed(monkeypatch, wrong):
     assert "token_ms" not in rows[GRAPH]
     assert GRAPH not in rows[EAGER]["over"]
     assert words[wrong] in generate_page.tables(list(rows.values())).popitem()[1][1][1]
+
+
+def test_what_fails_later_leaves_the_others_their_speed(monkeypatch):
+    class Fails(TorchGraph):
+        turns = 0
+
+        def __call__(self, prompts, new):
+            self.turns += 1
+            if self.turns > 2:
+                raise RuntimeError("an illegal memory access")
+            return super().__call__(prompts, new)
+
+    def cannot_be_made():
+        raise TypeError("no such argument")
+
+    every = cuda_generate.providers
+    others = lambda lm: {GRAPH: Fails(lm), TRANSFORMERS: Later(cannot_be_made)}  # noqa: E731
+    monkeypatch.setattr(cuda_generate, "providers", lambda lm, **options: every(lm, **options) | others(lm))
+    rows = {row["runtime"]: row for row in measured()}
+    assert rows[GRAPH]["fault"] == "RuntimeError: an illegal memory access"
+    assert rows[TRANSFORMERS]["fault"] == "TypeError: no such argument"
+    assert rows[EAGER]["token_ms"] > 0
+    assert not rows[EAGER]["over"]
+
+
+def test_a_token_that_is_none_does_not_get_to_the_judge():
+    answer = cuda_generate._judged(lambda prompts, new: [[3, -1]], [[1, 2]], 2, None)
+    assert answer == {"fault": "a token of -1: its logits are not finite"}
 
 
 def a_row(runtime, case=SHORT, preset="gpt2", **figures):

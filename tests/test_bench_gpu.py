@@ -1,13 +1,15 @@
 """The GPU run, simulated: parts that are short, long, broken or not there; what is left of them on disk."""
 
 import json
+import subprocess
 import time
+import types
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from bench import compiling, gpu, report
+from bench import compiling, gpu, gpu_page, gpu_tests, report, verifying
 from bench.parts import JSON, Part, parts, run
 
 HERE = {
@@ -57,7 +59,7 @@ def test_a_run_of_two_seconds_leaves_what_it_has(tmp_path, capsys):
     ]  # fmt: skip
     start = time.monotonic()
     path = gpu.measured(wanted, 2.0, tmp_path, HERE)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 120  # not the 600 seconds of the part; pages are drawn too
     assert path.name == "gpu-nvidia-h100-80gb-hbm3-2026-01-02.json"
     document = json.loads(path.read_text())
     found = {part["name"]: part for part in document["parts"]}
@@ -102,6 +104,92 @@ def test_results_are_written_before_the_first_part_and_after_each(tmp_path, monk
     assert states == [["waiting", "waiting"], ["done", "waiting"], ["done", "done"]]
 
 
+def test_what_a_part_has_found_is_in_the_file_while_it_runs_and_when_the_run_is_ended(tmp_path, monkeypatch):
+    """As by Ctrl-C: the third look ends it."""
+    seen, path = [], tmp_path / "gpu-nvidia-h100-80gb-hbm3-2026-01-02.json"
+    code = 'import sys, time; open(sys.argv[1], \'w\').write(\'{"bench": "x", "rows": []}\'); time.sleep(600)'
+    wait = subprocess.Popen.wait
+
+    def looked(process, timeout=None):
+        if timeout == 0.5:  # a look, and not the end
+            part = json.loads(path.read_text())["parts"][0]
+            seen.append((part["state"], part.get("result")))
+            if seen[-1][0] == "running":
+                raise KeyboardInterrupt
+        return wait(process, timeout)
+
+    monkeypatch.setattr("bench.parts._LOOK", 0.5)
+    monkeypatch.setattr(subprocess.Popen, "wait", looked)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measured([Part("long", ("-S", "-c", code, JSON), 1, 60), python("two", "")], 60, tmp_path, HERE)
+    assert seen[-1] == ("running", {"bench": "x", "rows": []})
+    states = [(part["state"], part.get("result")) for part in json.loads(path.read_text())["parts"]]
+    assert states == [("cut short", {"bench": "x", "rows": []}), ("waiting", None)]
+    assert "| long | cut short |" in path.with_suffix(".md").read_text()
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def fails(document):
+        raise ValueError("cannot convert float NaN to integer")
+
+    monkeypatch.setattr(gpu_page, "page", fails)
+    path = gpu.measured([python("one", "print(1)")], 60, tmp_path, HERE)
+    assert json.loads(path.read_text())["parts"][0]["state"] == "done"
+    assert "| one | done |" in path.with_suffix(".md").read_text()
+    assert "not written: ValueError: cannot convert" in capsys.readouterr().err
+
+
+def test_a_full_disk_in_the_middle_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    write, left = gpu.write_json, iter([True, False, False, True, True])
+
+    def full(file, document):
+        if not next(left):
+            raise OSError(28, "No space left on device")
+        write(file, document)
+
+    monkeypatch.setattr(gpu, "write_json", full)
+    path = gpu.measured([python("one", "print(1)"), python("two", "")], 60, tmp_path, HERE)
+    assert [part["state"] for part in json.loads(path.read_text())["parts"]] == ["done", "done"]
+    assert capsys.readouterr().err.count("No space left on device") == 2
+
+
+def test_failing_tests_are_told_as_they_fail(tmp_path):
+    def report_of(outcome, when="call", longrepr=None):
+        failed, skipped = outcome == "failed", outcome == "skipped"
+        more = {"failed": failed, "skipped": skipped, "longrepr": longrepr, "nodeid": "tests/test_x.py::test_y"}
+        return types.SimpleNamespace(outcome=outcome, when=when, **more)
+
+    recorder = gpu_tests.Recorder(tmp_path / "t.json")
+    wrong = "def test_y():\n>   assert a == b\nE   assert 1 == 2\nE    +  where 1 = f()"
+    for each in (
+        *(report_of("passed", when) for when in ("setup", "call", "teardown")),
+        report_of("skipped", "setup"),
+        report_of("failed", "call", wrong),
+    ):
+        recorder.pytest_runtest_logreport(each)
+    recorder.pytest_collectreport(report_of("failed", longrepr="ImportError: no judge"))
+    document = json.loads((tmp_path / "t.json").read_text())
+    assert [document[key] for key in ("passed", "failed", "skipped")] == [1, 2, 1]
+    said = [each["said"] for each in document["failures"]]
+    assert said == ["assert 1 == 2 +  where 1 = f()", "ImportError: no judge"]
+
+
+def test_what_is_verified_is_in_the_file_op_by_op(tmp_path, monkeypatch, capsys):
+    from gpukernels import verify
+
+    found = [
+        ("gelu", [verify.Verdict("gelu", "float16", "forward", 9, 0.4, "x (5, 129)", "y", (1, 2))]),
+        ("rope", [verify.Verdict("rope", "float32", "forward", 3, float("inf"), "x (2, 3)", "", (), "it broke")]),
+    ]
+    monkeypatch.setattr(verify, "gather", lambda ops, dtypes, device, quick: iter(found))
+    with pytest.raises(SystemExit) as end:
+        verifying.verified(tmp_path / "v.json", None)
+    assert end.value.code == 1
+    rows = json.loads((tmp_path / "v.json").read_text())["rows"]
+    assert [(row["op"], row["worst"], row["broken"]) for row in rows] == [("rope", None, "it broke"), ("gelu", 0.4, "")]
+    assert "rope float32 forward: it broke, inf at x (2, 3)" in capsys.readouterr().out
+
+
 def test_parts_of_the_same_day_stay(tmp_path):
     gpu.measured([python("one", "print(1)"), python("two", "print(2)")], 60, tmp_path, HERE)
     path = gpu.measured([python("two", "print(3)"), python("three", "")], 60, tmp_path, HERE | {"commit": "fedcba"})
@@ -125,12 +213,21 @@ def test_a_part_runs_from_a_plain_checkout(tmp_path):
 def test_the_dry_run_lists_every_part(capsys):
     gpu.main(dry_run=True)
     text = capsys.readouterr().out
-    for name in ("compile", "tests", "verify", "kernels", "generate", "memory", "train", "compiled"):
+    for name in ("compile", "tests", "verify", "kernels", "generate", "stages", "memory", "train", "compiled"):
         assert f"│ {name} " in text
     assert "expected in all: " in text
     assert all(part.expected <= part.most for part in parts())
     first = [part.name for part in parts()]
     assert first.index("compile") < first.index("tests") < first.index("kernels") < first.index("generate")
+
+
+@pytest.mark.parametrize("held", ["not JSON", "[1]", '{"bench": "kernels"}'])
+def test_a_file_that_is_something_else_is_not_written_over(tmp_path, held):
+    path = tmp_path / "gpu-nvidia-h100-80gb-hbm3-2026-01-02.json"
+    path.write_text(held)
+    with pytest.raises(ValueError, match="has no GPU run in it, and is in the way"):
+        gpu.measured([python("one", "")], 60, tmp_path, HERE)
+    assert path.read_text() == held
 
 
 @pytest.mark.parametrize(
@@ -174,6 +271,10 @@ def test_what_is_said_of_a_machine(monkeypatch):
     words = report.in_words(found)
     assert words.startswith("NVIDIA H100 80GB HBM3, 80 GiB, driver 580.159.03; ")
     assert "numpy " in words
+    for strange in (None, "NVIDIA GB10, 580.1, 12.1, [N/A]", "No devices were found"):
+        said["nvidia-smi"] = strange
+        monkeypatch.setattr(report, "_DRIVER", Path("/nowhere"))
+        assert "gpu" not in report.machine()
     said["nvidia-smi"] = None
     monkeypatch.setattr(report, "_DRIVER", Path("/nowhere"))
     assert "gpu" not in report.machine()

@@ -58,6 +58,9 @@ class Here:
     def release(self):
         pass
 
+    def alive(self):
+        return True
+
 
 def test_every_op_has_a_small_case_here():
     assert {case.op for case in SMALL} == {case.op for case in CASES} == set(rivals.OPS)
@@ -294,6 +297,8 @@ def test_digits():
         (["--op", "softmax"], "the op must be one of attention, layer_norm, "),
         (["--html", "nowhere/r.html"], "nowhere/r.html: there is no folder "),
         (["--tune", "gelu", "--op", "gelu"], "--tune prints rows for one op; it goes with --quick and --rounds only"),
+        (["--json", "/"], "/: no file can be written there"),
+        (["--resume"], "--resume goes with --json"),
         (["--tune", "layer_norm"], "--tune times tiles on a GPU, and there is no CUDA GPU here"),
     ],
 )

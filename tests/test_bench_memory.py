@@ -56,6 +56,28 @@ def test_a_wrong_answer_has_no_figures():
     assert memory._row("gpt2", "float16", "ours", nothing, truth)["wrong"]
 
 
+def test_a_runtime_that_fails_has_a_row_and_the_other_its_figures(monkeypatch):
+    class Worker:
+        def __init__(self, make, *arguments):
+            self._fails = make is memory.Transformers
+
+        def call(self, *arguments):
+            if self._fails:
+                raise RuntimeError("its process ended with code -9")
+            logits = np.ones((8, 5), np.float32)
+            return {"logits": logits, "seconds": 1.0, "seconds_to_logits": 2.0, "peak": 3, "held": 2}, 0.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setitem(memory.PRESETS, "gpt2", CONFIG)
+    monkeypatch.setattr(memory, "Worker", Worker)
+    monkeypatch.setattr(memory, "installed", lambda name: True)
+    rows = memory._loads("gpt2", "cpu", 1)
+    assert [row["wrong"] for row in rows] == [False, True] * 2
+    assert memory._load_cells(rows[1])[3] == "its process ended with code -9"
+
+
 @linux
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_loads_the_same_model(tmp_path):

@@ -88,6 +88,14 @@ def test_liger_is_asked_for_what_ours_does(op, capturable, with_a_gpu, monkeypat
     assert all(each.right for each in gate.judge(case, liger, gate.true(case, "cpu"), "cpu").values())
 
 
+def test_liger_that_cannot_be_imported_is_no_end(with_a_gpu, monkeypatch):
+    monkeypatch.setattr(rivals, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    liger = providers("swiglu", compiled=False)[-1]
+    with pytest.raises(ImportError):
+        liger.run(gate=torch.ones(1, 2), up=torch.ones(1, 2))
+
+
 def test_without_a_gpu_there_is_ours_and_torch():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

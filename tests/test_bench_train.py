@@ -60,3 +60,15 @@ def test_a_trainer_with_other_losses_has_no_speed(lm, monkeypatch):
     assert "tokens_per_second" not in found["transformers compiled"]
     assert train._cells(found["transformers compiled"])[1] == "wrong losses"
     assert train._cells(found["ours"])[:4] == ("ours", "96", "96-96", "2.00")
+
+
+def test_a_trainer_that_fails_has_a_row_and_the_other_its_speed(lm, monkeypatch):
+    monkeypatch.setattr("bench.timing.time.sleep", lambda seconds: None)
+
+    class Fails(Fake):
+        def call(self, *arguments):
+            raise RuntimeError("its process ended with code -9")
+
+    workers = {"ours": Fake([4.0, 3.9, 3.8], 1.0), "transformers eager": Fails([], 0)}
+    found = train.measure(CASE, lm, workers, rounds=2, faults={"transformers compiled": "no compiler"})["rows"]
+    assert [train._cells(row)[1] for row in found] == ["96", "no compiler", "its process ended with code -9"]

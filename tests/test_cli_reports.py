@@ -40,6 +40,15 @@ def test_a_report_is_a_table_of_120_columns(run, tmp_path):
     assert page.count("<svg") == 1
 
 
+def test_nothing_is_left_out_of_a_narrow_table(run, monkeypatch):
+    code, out, _ = run(*STEP)
+    assert code == 0
+    assert "…" not in out
+    monkeypatch.setattr("rich.console.Console.width", 80)
+    code, out, _ = run(*STEP)
+    assert "…" not in out
+
+
 def test_a_report_as_json_has_what_the_table_shows(run):
     code, out, _ = run(*STEP, "--json", "--gpu", "rtx 4090", "--kernel", "few_rows", "--dtype", "bfloat16")
     assert code == 0
@@ -64,6 +73,7 @@ def test_a_report_as_json_has_what_the_table_shows(run):
         (["--gpu", "V100"], "--gpu: the GPU must be one of A100, RTX 4090, H100, H200, got 'V100'"),
         (["--dtype", "int8"], "--dtype must be float32, float16, bfloat16, got int8"),
         (["--html", "no/such/report.html"], "--html: there is no folder no/such"),
+        (["--html", "/"], "--html: / is a folder"),
         (["--kernel", "convolution"], "--kernel: no kernel has 'convolution' in its name"),
     ],
 )

@@ -52,15 +52,20 @@ class Draw(NamedTuple):
 
 
 def norms(draw: Draw, *, bias: bool) -> Iterator[Case]:
-    shapes = [(5, 129), (1, 1), (17, 33), (2, 3, 768), (0, 5)]
-    large = [(1, 16), (300, 40), (64, 1600), (3, 4097), (2, 8193), (2, 16385), (4096, 768)]
+    shapes = [(5, 129), (1, 1), (17, 33), (2, 3, 768), (0, 5), (2, 16385)]
+    large = [(1, 16), (300, 40), (64, 1600), (3, 4097), (2, 8193), (4096, 768)]
+
+    def given(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        more = {"bias": shape[-1:]} if bias else {}
+        return draw.named(x=shape, weight=shape[-1:], **more)
+
     for shape in draw.several(shapes, large):
-        given = draw.named(x=shape, weight=shape[-1:], bias=shape[-1:])
-        if not bias:
-            del given["bias"]
-        yield Case(f"x {shape}", given, {"eps": 1e-5})
-        if shape in shapes[:3]:
-            yield Case(f"x {shape}, residual", given | {"residual": draw.floats(*shape, seed=9)}, {"eps": 0.1})
+        yield Case(f"x {shape}", given(shape), {"eps": 1e-5})
+        if shape in (*shapes[:3], shapes[-1]):
+            yield Case(f"x {shape}, residual", given(shape) | {"residual": draw.floats(*shape, seed=9)}, {"eps": 0.1})
+    if draw.dtype == "float32":  # 16 bits have no such numbers
+        for shape in (shapes[0], shapes[-1]):
+            yield Case(f"x {shape}, a mean of 4096", given(shape) | {"x": draw.floats(*shape) + 4096}, {"eps": 1e-5})
 
 
 def linears(draw: Draw) -> Iterator[Case]:
@@ -80,6 +85,7 @@ def norm_linears(draw: Draw) -> Iterator[Case]:
     for M, N, K in draw.several([(5, 40, 200), (1, 7, 129), (70, 33, 40)], [(64, 2304, 768), (300, 257, 1600)]):
         given = draw.named(x=(M, K), norm_weight=(K,), norm_bias=(K,), weight=(N, K), bias=(N,))
         yield Case(f"{M} x {K} -> {N}", given, {"activation": "gelu_new"})
+        yield Case(f"{M} x {K} -> {N}, eps 0.1", given, {"eps": 0.1})
 
 
 def matmuls(draw: Draw) -> Iterator[Case]:
@@ -112,7 +118,7 @@ def attentions(draw: Draw) -> Iterator[Case]:
     given = draw.named(q=(B, T, H, D), k=(B, S, kv, D), v=(B, S, kv, D))
     yield Case("every key", given, {"causal": False})
     yield Case("a window of 9", given, {"window": 9})
-    yield Case("with lse", given, {"return_lse": True})
+    yield Case("a scale of 0.5, with lse", given, {"scale": 0.5, "return_lse": True})
     yield Case("queries of which all keys are masked", given | {"lengths": draw.ints([0, T - 5])})
     documents = np.stack([np.arange(S) // 16, np.arange(S) // 7])
     yield Case("documents", given | {"documents": draw.ints(documents)})

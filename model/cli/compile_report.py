@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model.cli.options import Json, progress_bar
+from model.cli.options import Json, check_output, progress_bar, table_console
 from model.errors import ModelError
 from model.page import Page
 
@@ -69,8 +69,7 @@ def compile_report(
 
     capabilities = _capabilities(arch or [], gpu or [])
     steps = _steps(workload or ["gpt2"], dtype)
-    if html is not None and not html.parent.is_dir():
-        raise ModelError(f"--html: there is no folder {html.parent}")
+    check_output("--html", html)
     found: dict[tuple[str, int], list] = {}
     total = len(steps) * len(capabilities)
     with progress_bar() as bar:
@@ -87,7 +86,7 @@ def compile_report(
     if as_json:
         print(json.dumps(_document(parts)))
     else:
-        _print(parts, Console(highlight=False, markup=False))
+        _print(parts, table_console(120))
 
 
 def _require_triton() -> None:
@@ -163,7 +162,8 @@ def _print(parts: Iterable[Part], console: Console) -> None:
         for title, columns, rows in _tables(part):
             table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
             for column in columns:
-                table.add_column(column, justify="left" if column in ("kernel", *_CODE[5:]) else "right")
+                justify = "left" if column in ("kernel", *_CODE[5:]) else "right"
+                table.add_column(column, justify=justify, overflow="fold")  # nothing is left out of a narrow table
             for row in rows:
                 table.add_row(*row)
             console.print(table)

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from model.cli.options import Json, progress_bar
+from model.cli.options import Json, progress_bar, table_console
 from model.device import why_no_cuda
 from model.errors import ModelError
 
@@ -57,7 +57,7 @@ def verify(
         verdicts = [_document(verdict) for verdict in found]
         print(json.dumps({"device": name, "quick": quick, "holds": holds, "verdicts": verdicts}))
     else:
-        _print(found, name, Console(highlight=False, markup=False))
+        _print(found, name, table_console(120))
         if where is None:
             print("Without bfloat16, as NumPy has no such type.")
     if not holds:
@@ -98,7 +98,8 @@ def _print(found: list, name: str, console: Console) -> None:
         title=f"Errors on {name}, in units of the bound", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
     for column in ("op", "dtype", "", "cases", "worst", "where"):
-        table.add_column(column, justify="right" if column in ("cases", "worst") else "left")
+        justify = "right" if column in ("cases", "worst") else "left"
+        table.add_column(column, justify=justify, overflow="fold")  # nothing is left out of a narrow table
     for verdict in found:
         worst = f"{verdict.worst:.2g}" if verdict.holds else f"{verdict.worst:.3g} BROKEN"
         table.add_row(verdict.op, verdict.dtype, verdict.way, str(verdict.cases), worst, _where(verdict))
