@@ -339,7 +339,9 @@ def test_a_run_merges_its_adapter_where_it_is_not_kept(tmp_path):
     [
         ({"lora_rank": 4, "layers": "1"}, "choose layers by lora_targets"),
         ({"lora_rank": 4, "freeze": ["*"]}, "choose layers by lora_targets"),
-        ({"keep_adapter": True}, "there is no adapter to keep: give lora_rank"),
+        ({"keep_adapter": True}, "keep_adapter is of adapters, and there are none: give lora_rank"),
+        ({"lora_targets": ["qkv"]}, "lora_targets is of adapters"),
+        ({"lora_alpha": 16.0}, "lora_alpha is of adapters"),
         ({"lora_rank": 4, "lora_targets": ["c_attn"]}, "'blocks.*.c_attn' matches nothing"),
         ({"lora_rank": 0}, "rank of adapters must be a whole number"),
         ({"lora_rank": 4, "lora_targets": "qkv"}, "lora_targets must be a list, got 'qkv'"),

@@ -65,7 +65,9 @@ def finetune(
     lora_rank: Annotated[
         int | None, typer.Option(help="Train adapters of this rank, and not the weights.", show_default=False)
     ] = None,
-    lora_alpha: Annotated[float, typer.Option(help="Of adapters: their scale is alpha / rank.")] = _D.lora_alpha,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Of adapters, default 16: their scale is alpha / rank.", show_default=False)
+    ] = None,
     lora_target: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,7 +132,7 @@ def finetune(
         "layers": layers,
         "lora_rank": lora_rank,
         "lora_alpha": lora_alpha,
-        "lora_targets": lora_target or _D.lora_targets,
+        "lora_targets": lora_target or None,
         "lora_rank_stabilized": lora_rank_stabilized,
         "keep_adapter": keep_adapter,
         "evaluate_every": evaluate_every,

@@ -31,7 +31,7 @@ class Settings:
     Length:
         epochs: how often every window is seen.
         max_steps: optimizer steps at most; the schedule ends there.
-        max_time: seconds after which the run saves and ends; it can be resumed.
+        max_time: seconds after which the run saves and ends; resumed, it has as many again.
         batch_size: windows of one forward pass, on each process.
         accumulate: forward passes of one optimizer step. The gradient is that of all their targets at once.
 
@@ -89,8 +89,8 @@ class Settings:
     unfreeze: tuple[str, ...] = ()
     layers: str | None = None
     lora_rank: int | None = None
-    lora_alpha: float = 16.0
-    lora_targets: tuple[str, ...] = ("qkv",)
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
     lora_rank_stabilized: bool = False
     keep_adapter: bool = False
     fsdp: bool = False
@@ -108,6 +108,8 @@ class Settings:
     def __post_init__(self):
         for name in ("betas", "freeze", "unfreeze", "lora_targets"):
             value = getattr(self, name)
+            if name == "lora_targets" and value is None:
+                continue
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise TrainingError(f"{name} must be a list, got {value!r}")
             object.__setattr__(self, name, tuple(value))
@@ -119,8 +121,10 @@ class Settings:
             raise TrainingError(
                 "with adapters nothing else trains: choose layers by lora_targets, not by freeze or layers"
             )
-        if self.keep_adapter and self.lora is None:
-            raise TrainingError("there is no adapter to keep: give lora_rank")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_targets", "lora_rank_stabilized", "keep_adapter"):
+                if getattr(self, name) not in (None, False):
+                    raise TrainingError(f"{name} is of adapters, and there are none: give lora_rank")
         if self.optimizer == "muon" and (self.lora or self.fsdp):
             parts = "adapters are" if self.lora else "fsdp has"
             raise TrainingError(f"optimizer muon moves whole matrices, and {parts} parts of them: choose adamw")
@@ -130,7 +134,9 @@ class Settings:
         """The adapters that train, or None where the weights do."""
         if self.lora_rank is None:
             return None
-        return Lora(self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_rank_stabilized)
+        given = {"alpha": self.lora_alpha, "targets": self.lora_targets}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Lora(self.lora_rank, rank_stabilized=self.lora_rank_stabilized, **given)
 
     def _faults(self):
         """(option, what it must be) for each that makes no sense."""
