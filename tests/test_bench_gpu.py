@@ -59,7 +59,7 @@ def test_a_run_of_two_seconds_leaves_what_it_has(tmp_path, capsys):
     ]  # fmt: skip
     start = time.monotonic()
     path = gpu.measured(wanted, 2.0, tmp_path, HERE)
-    assert time.monotonic() - start < 120  # not the 600 seconds of the part; pages are drawn too
+    assert time.monotonic() - start < 300  # not the 600 seconds of the part; pages are drawn too
     assert path.name == "gpu-nvidia-h100-80gb-hbm3-2026-01-02.json"
     document = json.loads(path.read_text())
     found = {part["name"]: part for part in document["parts"]}

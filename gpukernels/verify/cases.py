@@ -113,6 +113,8 @@ def attentions(draw: Draw) -> Iterator[Case]:
     ]
     for B, T, H, D, S, kv in draw.several(small, large):
         given = draw.named(q=(B, T, H, D), k=(B, S, kv, D), v=(B, S, kv, D))
+        # So that every block of keys has a larger score than the one before.
+        given["k"] *= torch.linspace(0.5, 3, S).to(given["k"])[:, None, None]
         yield Case(f"{T} queries, {S} keys, {H} and {kv} heads of {D}", given)
     B, T, H, D, S, kv = small[0]
     given = draw.named(q=(B, T, H, D), k=(B, S, kv, D), v=(B, S, kv, D))

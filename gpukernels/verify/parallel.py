@@ -48,8 +48,10 @@ def gather(
 
 def _apart(op: str, dtypes: Sequence[str], device: torch.device, quick: bool) -> list[Verdict]:
     """The verdicts of another process; of one that ends without them, a row for each dtype that says so."""
-    # Started afresh: a copy of this process would have its locks, and CUDA, in an unknown state.
-    context = multiprocessing.get_context("spawn")
+    # Copies of a process that has imported everything and done nothing: one of this would have its locks, and CUDA,
+    # in an unknown state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(theirs, op, dtypes, device, quick), daemon=True)
     process.start()
