@@ -128,7 +128,9 @@ def attentions(draw: Draw) -> Iterator[Case]:
 
 def decode_attentions(draw: Draw) -> Iterator[Case]:
     # Heads, heads of keys, width, capacity.
-    for H, kv, D, S in draw.several([(4, 2, 16, 70), (3, 3, 64, 129)], [(32, 8, 128, 4097), (12, 12, 64, 1024)]):
+    # Of one head the interpreter's three multiprocessors share the keys, and of two that have the same keys.
+    small = [(4, 2, 16, 70), (3, 3, 64, 129), (1, 1, 16, 200), (2, 1, 16, 200)]
+    for H, kv, D, S in draw.several(small, [(32, 8, 128, 4097), (12, 12, 64, 1024)]):
         lengths = [0, 1, S // 2 + 1, S]
         given = {"q": draw.floats(4, H, D)}
         for seed, name in enumerate(("k", "v")):
@@ -206,11 +208,13 @@ def optimizers(draw: Draw) -> Iterator[Case]:
                 "first_moment": 0.1 * draw.floats(size, seed=2, dtype="float32"),
                 "second_moment": draw.positive(size, seed=3),
                 "step": draw.ints([step]),
-                "learning_rate": torch.full((1,), 2.0**-10, device=draw.device),
+                "learning_rate": torch.full((1,), 0.5, device=draw.device),  # so that a wrong change shows
             }
             if draw.dtype != "float32":
                 given["master"] = exact
-            yield Case(f"{size} parameters, step {step}", given, {"weight_decay": 0.1, "decayed": size // 2})
+            options = {"weight_decay": 0.1, "decayed": size // 2}
+            yield Case(f"{size} parameters, step {step}", given, options)
+            yield Case(f"{size} parameters, step {step}, eps 0.1", given, options | {"eps": 0.1})
 
 
 def samples(draw: Draw) -> Iterator[Case]:
