@@ -4,7 +4,6 @@ A case is a batch of prompts of one length and a number of new tokens. Two times
 token alone, and of all. What lies between, by the tokens but one, is the latency of a token.
 """
 
-import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -80,8 +79,10 @@ def measure(
     for case in cases:
         prompts = _prompts(case, config)
         warm_up: dict[str, Row] = {}
-        with contextlib.suppress(Exception):  # of ours, which the answers below will tell
+        try:
             warm_up[OURS] = {"warm_up_seconds": lm.warm_up(case.batch)}
+        except Exception as fault:  # of ours; its answers may still come, and the others'
+            warm_up[OURS] = {"warm_up_fault": _said(fault)}
         found = {name: _judged(run, prompts, case.new, truth) for name, run in runs.items()}
         right = {name: run for name, run in runs.items() if _is_right(found[name], dtype)}
         faults: dict[str, Exception] = {}

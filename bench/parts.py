@@ -39,17 +39,20 @@ class Part(NamedTuple):
 
 def parts() -> list[Part]:
     """In the order of their worth."""
-    kernels = ("-m", "bench.kernels", "--json", JSON)
+    kernels, generate = (("-m", f"bench.{name}", "--json", JSON) for name in ("kernels", "generate"))
     needs = ("torch", "triton")
+    judged = (*needs, "transformers")
     return [
         Part("compile", ("-m", "bench.compiling"), 60, 120, needs),
         Part("tests", ("-m", "bench.gpu_tests", "--json", JSON), 120, 180, (*needs, "pytest")),
         Part("verify", ("-m", "bench.verifying", "--json", JSON), 60, 120, needs),
         Part("kernels", (*kernels, "--no-compiled", "--rounds", "10"), 120, 200, needs),
-        Part("generate", ("-m", "bench.generate", "--json", JSON), 90, 150, (*needs, "transformers")),
+        Part("generate", generate, 90, 150, judged),
         Part("stages", ("-m", "bench.stages"), 15, 40, needs),
         Part("memory", ("-m", "bench.memory", "--preset", "gpt2", "--rounds", "1"), 40, 60, ("torch",)),
         Part("train", ("-m", "bench.train"), 60, 90, needs),
+        # Late, and by itself: a barrier that is wrong would wait for ever.
+        Part("persistent", (*generate, "--preset", "gpt2", "--case", "1x128+128", "--persistent"), 40, 90, judged),
         Part("compiled", (*kernels, "--quick"), 120, 600, needs),  # torch.compile, if there is time
     ]
 

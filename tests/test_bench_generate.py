@@ -23,7 +23,7 @@ from bench.cuda_providers import (
     Transformers,
     random_model,
 )
-from model import PRESETS
+from model import PRESETS, LanguageModel
 from model.config import GPT2Config
 
 CONFIG = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=3)
@@ -120,6 +120,18 @@ def test_what_fails_later_leaves_the_others_their_speed(monkeypatch):
     assert rows[TRANSFORMERS]["fault"] == "TypeError: no such argument"
     assert rows[EAGER]["token_ms"] > 0
     assert not rows[EAGER]["over"]
+
+
+def test_a_warm_up_that_fails_is_in_the_row(monkeypatch):
+    def fails(lm, batch_size):
+        raise RuntimeError("no kernel image")
+
+    every = cuda_generate.providers
+    monkeypatch.setattr(LanguageModel, "warm_up", fails)
+    monkeypatch.setattr(cuda_generate, "providers", lambda lm, **options: {OURS: every(lm, **options)[EAGER]})
+    (row,) = measured()
+    assert row["warm_up_fault"] == "RuntimeError: no kernel image"
+    assert row["token_ms"] > 0
 
 
 def test_a_token_that_is_none_does_not_get_to_the_judge():

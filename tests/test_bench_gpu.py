@@ -213,7 +213,18 @@ def test_a_part_runs_from_a_plain_checkout(tmp_path):
 def test_the_dry_run_lists_every_part(capsys):
     gpu.main(dry_run=True)
     text = capsys.readouterr().out
-    for name in ("compile", "tests", "verify", "kernels", "generate", "stages", "memory", "train", "compiled"):
+    for name in (
+        "compile",
+        "tests",
+        "verify",
+        "kernels",
+        "generate",
+        "stages",
+        "memory",
+        "train",
+        "persistent",
+        "compiled",
+    ):
         assert f"│ {name} " in text
     assert "expected in all: " in text
     assert all(part.expected <= part.most for part in parts())
