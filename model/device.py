@@ -219,6 +219,8 @@ def choose_device(device: Any) -> Device:
     if torch is not None and isinstance(device, torch.device):
         if device.type == "cuda":
             _require_cuda(device)
+        elif device.type != "cpu":
+            raise DeviceError(f'device must be a torch.device of type "cpu" or "cuda", got {device!r}')
         return TorchDevice(device)
     if device == "cpu":
         return NumpyDevice()

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from gpukernels.numbers import whole
 from model import gpt2
 from model.check import vocabulary_notices
 from model.config import PRESETS, GPT2Config, generation_eos, read_config
@@ -15,7 +16,6 @@ from model.language_model import LanguageModel
 from model.load import fill, fill_random, locate, plan
 from model.memory import LOADING, weight_bytes
 from model.room import room_for
-from model.sampling import whole
 from model.tokenizer import Tokenizer
 
 

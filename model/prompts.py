@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpukernels.numbers import whole
 from model.errors import ContextError, ModelError
 from model.language_model import LanguageModel
 
@@ -48,7 +49,7 @@ def few_shot(
     """
     if lm.tokenizer is None:
         raise ModelError("few_shot needs a tokenizer, and this model has none")
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+    if not whole(max_new_tokens) or max_new_tokens < 1:
         raise ModelError(f"max_new_tokens must be 1 or more, got {max_new_tokens!r}")
     texts = {"instruction": instruction, "input_label": input_label, "output_label": output_label}
     for name, value in (texts | {"separator": separator, "the question": query}).items():

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from gpukernels.numbers import whole
 from model.config import GPT2Config
 from model.errors import ModelError, TokenizerError
 from model.generate import OVERFLOWS, Limits, Row
-from model.sampling import Sampling, whole
+from model.sampling import Sampling
 from model.tokenizer import Tokenizer
 
 _MOST = 2**24  # rows of a call, and tokens of a row: more is a slip of the hand

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gpukernels.numbers import whole
 from model.device import Device
 from model.errors import ModelError
 
@@ -131,8 +132,3 @@ def _number(value) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
-
-
-def whole(value) -> bool:
-    """Whether `value` is an integer, of Python or NumPy; True and False are not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

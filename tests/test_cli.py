@@ -10,6 +10,7 @@ import pytest
 from command import start
 from damage import DAMAGE, edit_config, make
 
+import gpukernels
 import model
 from model.cli import app
 from model.load import BUNDLED
@@ -362,3 +363,7 @@ def test_help_names_every_command(run):
     assert code == 0
     for command in app.app.registered_commands:
         assert command.name in out
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version") == (0, f"gpukernels {gpukernels.__version__}\n", "")

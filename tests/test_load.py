@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from damage import CONFIG, make, pack, tensors
 
 import model
@@ -344,7 +345,21 @@ def test_a_torch_without_cuda_is_the_reason_where_the_driver_sees_a_gpu(monkeypa
 
 
 @pytest.mark.parametrize(
-    "name", ["tpu", "CPU", "", "cuda:", "cuda:x", "cuda:-1", "cuda:1:2", "cpu:0", None, 0, ["cpu"]]
+    "name",
+    [
+        "tpu",
+        "CPU",
+        "",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:1:2",
+        "cpu:0",
+        None,
+        0,
+        ["cpu"],
+        *map(torch.device, ("meta", "mps")),
+    ],
 )
 def test_a_device_that_does_not_exist_is_refused(monkeypatch, name):
     monkeypatch.setattr(devices, "_driver_devices", lambda: None)

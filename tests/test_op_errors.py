@@ -143,6 +143,11 @@ REFUSED = {
         (lambda f, i: attention(**qkv(f) | {"v": i(5)}), TypeError, f"v {NO_FLOAT}, got int32"),
         (lambda f, i: attention(**qkv(f), window=0), ValueError, "window must be a whole number, 1 or more, got 0"),
         (lambda f, i: attention(**qkv(f), window=1.5), ValueError, "window must be a whole number, 1 or more, got 1.5"),
+        (
+            lambda f, i: attention(**qkv(f), window=True),
+            ValueError,
+            "window must be a whole number, 1 or more, got True",
+        ),
         (lambda f, i: attention(**qkv(f), scale=0.0), ValueError, "scale must be a number above 0, got 0.0"),
         (lambda f, i: attention(**qkv(f), scale=np.nan), ValueError, "scale must be a number above 0, got nan"),
         (lambda f, i: attention(**qkv(f), documents=f(2, 5)), TypeError, f"documents {NO_INT}, got float32"),

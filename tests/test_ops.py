@@ -225,3 +225,14 @@ def test_grouped_heads_splits_and_permutations(new, old, groups, split, seed):
     first = gpukernels.attention(q[:, :split], k, v, lengths=np.maximum(lengths - (new - split), 0))
     second = gpukernels.attention(q[:, split:], k, v, lengths=lengths)
     assert (abs(np.concatenate((first, second), 1) - whole) <= limit).all()
+
+
+@both
+def test_a_whole_number_may_be_numpys(library):
+    kind = Kind(library, "float32")
+    arrays = kind.draws(q=(1, 5, 2, 8), k=(1, 5, 2, 8), v=(1, 5, 2, 8))
+    check("attention", arrays, window=np.int64(2))
+    hidden, weight, targets = kind.draw(6, 8), kind.draw(11, 8), kind.ints(np.arange(6))
+    options = {"chunk": np.int32(4), "ignore_index": np.int64(3)}
+    plain = gpukernels.linear_cross_entropy(hidden, weight, targets, chunk=4, ignore_index=3)
+    assert host(gpukernels.linear_cross_entropy(hidden, weight, targets, **options)) == host(plain)

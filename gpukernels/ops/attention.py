@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from gpukernels.numbers import whole
 from gpukernels.ops.checks import (
     Array,
     check_floats,
@@ -216,7 +217,7 @@ def _check_keys(op: str, q: Array, k: Array, v: Array) -> None:
 
 
 def _check_window(op: str, window: int | None) -> None:
-    if window is not None and not (isinstance(window, int) and window >= 1):
+    if window is not None and not (whole(window) and window >= 1):
         raise ValueError(f"{op}: window must be a whole number, 1 or more, got {window!r}")
 
 

@@ -1,5 +1,6 @@
 """Losses over a vocabulary."""
 
+from gpukernels.numbers import whole
 from gpukernels.ops.checks import (
     Array,
     check_floats,
@@ -171,7 +172,7 @@ def linear_cross_entropy(
     }
     _check_tokens(op, "hidden", hidden, targets, weights)
     _check_options(op, **options)
-    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+    if chunk is not None and not (whole(chunk) and chunk >= 1):
         raise ValueError(f"{op}: chunk must be a whole number, 1 or more, or None, got {chunk!r}")
     return run.linear_cross_entropy(hidden, weight, targets, weights=weights, **options, chunk=chunk)
 
@@ -191,7 +192,7 @@ def _check_tokens(op, name, array, targets, weights):
 
 
 def _check_options(op, ignore_index, label_smoothing, z_loss, reduction):
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+    if not whole(ignore_index):
         raise ValueError(f"{op}: ignore_index must be a whole number, got {ignore_index!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be 0 to 1, got {label_smoothing}")

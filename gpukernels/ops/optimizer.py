@@ -1,5 +1,6 @@
 """Optimizers: what changes parameters in place."""
 
+from gpukernels.numbers import whole
 from gpukernels.ops.checks import (
     Array,
     check_floats,
@@ -89,7 +90,7 @@ def adamw(
         if not number >= 0:
             raise ValueError(f"adamw: {name} must be 0 or more, got {number}")
     most = parameter.shape[0]
-    if decayed is not None and not (isinstance(decayed, int) and 0 <= decayed <= most):
+    if decayed is not None and not (whole(decayed) and 0 <= decayed <= most):
         raise ValueError(f"adamw: decayed must be a whole number, 0 to {most}, or None, got {decayed!r}")
     run.adamw(
         parameter,

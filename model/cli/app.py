@@ -7,9 +7,11 @@ load); a traceback is a bug of ours.
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from gpukernels import __version__
 from model.cli import check, compile_report, demo, env, finetune, generate, info, memory, verify, warmup
 from model.errors import LoadNotice, ModelError
 
@@ -32,6 +34,21 @@ app.command("verify")(verify.verify)
 app.command("warmup")(warmup.warmup)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gpukernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

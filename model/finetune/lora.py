@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from gpukernels.numbers import whole
 from model.adapter import scale_of
 from model.errors import TrainingError
 from model.finetune.trainable import matching
-from model.sampling import whole
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from gpukernels.numbers import whole
 from model.errors import ModelError
-from model.sampling import whole
 
 KINDS = ("constant", "linear", "cosine", "inverse_sqrt")
 

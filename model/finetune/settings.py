@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from gpukernels.numbers import whole
 from model.config import GPT2Config
 from model.device import DTYPES
 from model.errors import TrainingError
 from model.finetune.lora import Lora
 from model.finetune.schedule import KINDS, Schedule
-from model.sampling import whole
 
 OPTIMIZERS = ("adamw", "muon")
 
