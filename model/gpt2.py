@@ -8,7 +8,7 @@ each half of a block, one behind the last, learned positions, and the token tabl
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from gpukernels import attention, cached_attention, embedding, layer_norm, linear, linear_cross_entropy, norm_linear
@@ -134,11 +134,18 @@ def block(
     *,
     last_only: bool = False,
     documents=None,
+    drop: Callable | None = None,
 ):
     """One block: x (B, T, C) -> (B, T, C), or (B, 1, C), from the parameters of that block alone.
 
-    `documents` (B, T), where there is no cache: tokens see those of their own run of equal numbers only.
+    `documents` (B, T), where there is no cache: tokens see those of their own run of equal numbers only. `drop` is
+    applied, in training, to what attention and what the MLP would add to the residual stream.
     """
+
+    def onto_stream(y, name):
+        weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
+        return linear(y, weight, bias, residual=x) if drop is None else x + drop(linear(y, weight, bias))
+
     batch, new, _ = x.shape
     eps = config.layer_norm_epsilon
 
@@ -151,7 +158,7 @@ def block(
         y = attention(q, k, v, scale=scale, documents=documents)
     else:
         y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, scale=scale, arrivals=cache.arrivals)
-    x = linear(y.reshape(x.shape), p["projection.weight"], p["projection.bias"], residual=x)
+    x = onto_stream(y.reshape(x.shape), "projection")
 
     up = norm_linear(
         x,
@@ -162,7 +169,7 @@ def block(
         eps=eps,
         activation=ACTIVATIONS[config.activation_function],
     )
-    return linear(up, p["down.weight"], p["down.bias"], residual=x)
+    return onto_stream(up, "down")
 
 
 def _thirds(qkv):

@@ -47,7 +47,7 @@ def trainer(
     settings = Settings.of({"learning_rate": 1e-3, **options})
     world, context = World(), settings.window(lm.config)
     return Trainer(
-        Network(lm.parameters, lm.config, dtype=dtype, recompute=settings.recompute),
+        Network(lm.parameters, lm.config, dtype=dtype, recompute=settings.recompute, dropout=settings.dropout),
         Batches(pack(train, context), settings.batch_size, settings.accumulate, settings.seed, world),
         Batches(pack(validation, context), settings.batch_size, 1, settings.seed, world),
         settings,

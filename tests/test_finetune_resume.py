@@ -32,6 +32,7 @@ OPTIONS = {
     "batch_size": 2,
     "accumulate": 2,
     "learning_rate": 1e-3,
+    "dropout": 0.1,
     "evaluate_every": 6,
     "save_every": 4,
     "validation": 0.2,

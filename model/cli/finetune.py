@@ -37,7 +37,7 @@ def finetune(
     separator: Annotated[
         str | None, typer.Option(help="What stands between the documents of a .txt file.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the order, and adapters.")] = _D.seed,
+    seed: Annotated[int, typer.Option(help="Of the split, the order, adapters and dropout.")] = _D.seed,
     epochs: Annotated[int, typer.Option(help="How often every window is seen.")] = _D.epochs,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.", show_default=False)] = None,
     max_time: Annotated[
@@ -53,6 +53,9 @@ def finetune(
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = _D.weight_decay,
     betas: Annotated[tuple[float, float], typer.Option(help="Of AdamW.")] = _D.betas,
     clip: Annotated[float, typer.Option(help="The largest norm of a gradient; 0: any.")] = _D.clip,
+    dropout: Annotated[
+        float, typer.Option(help="The share dropped of embedded tokens and of what blocks add to them.")
+    ] = _D.dropout,
     freeze: Annotated[
         list[str] | None,
         typer.Option(help='Names that do not train: "blocks.*"; may be given again.', show_default=False),
@@ -127,6 +130,7 @@ def finetune(
         "weight_decay": weight_decay,
         "betas": betas,
         "clip": clip or None,
+        "dropout": dropout,
         "freeze": freeze or (),
         "unfreeze": unfreeze or (),
         "layers": layers,

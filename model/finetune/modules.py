@@ -5,6 +5,7 @@ Parameter names are those of `model.parameters`: "blocks.0.qkv.weight".
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +15,11 @@ from model import gpt2
 from model.config import GPT2Config
 from model.finetune.distributed import whole
 from model.parameters import Parameters
+
+
+def dropped(x: torch.Tensor, share: float) -> torch.Tensor:
+    """x with `share` of its elements 0, and the others that much larger."""
+    return nn.functional.dropout(x, share)
 
 
 class Layer(nn.Module):
@@ -56,8 +62,9 @@ class Block(Layers):
         super().__init__(arrays)
         self.config, self.number = config, number
 
-    def forward(self, x: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-        return gpt2.block(self.arrays(), self.config, self.number, x, documents=documents)
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+        drop = partial(dropped, share=dropout) if dropout else None
+        return gpt2.block(self.arrays(), self.config, self.number, x, documents=documents, drop=drop)
 
 
 class Network(Layers):
@@ -67,17 +74,25 @@ class Network(Layers):
         parameters: of a loaded model. Those already in `dtype` are not copied.
         recompute: keep each block's input only and compute the block again for its gradient (activation
             checkpointing): less memory, a third more work.
+        dropout: the share that is dropped of the embedded tokens and of what a block adds to them, where a gradient
+            will be asked for.
     """
 
     def __init__(
-        self, parameters: Parameters, config: GPT2Config, *, dtype: torch.dtype | None = None, recompute: bool = False
+        self,
+        parameters: Parameters,
+        config: GPT2Config,
+        *,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+        dropout: float = 0.0,
     ):
         def tensor(array):
             array = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
             return array.detach().to(dtype or array.dtype)
 
         super().__init__({name: tensor(array) for name, array in parameters.root.items()})
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.dropout = config, recompute, dropout
         self.blocks = nn.ModuleList(
             Block({name: tensor(array) for name, array in group.items()}, config, number)
             for number, group in enumerate(parameters.blocks)
@@ -99,12 +114,17 @@ class Network(Layers):
         documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Every argument is (B, T), as `finetune.packing.Windows` has them."""
+        trains = torch.is_grad_enabled()
+        dropout = self.dropout if trains else 0.0
         x = gpt2.embed(self, tokens, positions)
+        if dropout:
+            x = dropped(x, dropout)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, documents, use_reentrant=False, preserve_rng_state=False)
+            if self.recompute and trains:  # what is computed again must drop the same
+                again = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+                x = checkpoint(block, x, documents, dropout, **again)
             else:
-                x = block(x, documents)
+                x = block(x, documents, dropout)
         return gpt2.loss(self, self.config, x, targets)
 
     def weight(self, name: str) -> torch.Tensor:

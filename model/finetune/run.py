@@ -168,7 +168,7 @@ def _network(
         from model.finetune.sharding import outline, shard  # not every torch has it
 
         arrays = outline(lm.parameters.slots.values())
-    network = Network(arrays, lm.config, dtype=dtype, recompute=settings.recompute)
+    network = Network(arrays, lm.config, dtype=dtype, recompute=settings.recompute, dropout=settings.dropout)
     if settings.lora is not None:
         attach(network, chosen, settings.lora)
     else:

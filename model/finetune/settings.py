@@ -19,14 +19,11 @@ OPTIMIZERS = ("adamw", "muon")
 class Settings:
     """The options of `LanguageModel.finetune`, all of which decide the result, but for `max_time`.
 
-    Nothing is dropped out: GPT-2's 0.1 is for training from scratch over many epochs; early stopping and decay are
-    what keeps a fine-tuned model from learning by heart here.
-
     Data:
         validation: the share of the documents that validates, 0 to below 1; where validation data is given, 0.
         context: tokens of a window; None: the model's positions, 1024 at most.
         mask_prompt, separator: see `data.read_documents`.
-        seed: of the split, the order of the windows and of adapters' first values.
+        seed: of the split, the order of the windows, of adapters' first values and of what is dropped.
 
     Length:
         epochs: how often every window is seen.
@@ -43,6 +40,9 @@ class Settings:
         weight_decay: of matrices, tables of tokens and positions among them; biases and norms do not decay.
         betas, eps: of AdamW.
         clip: the largest global norm of a gradient; None: any.
+        dropout: the share that is dropped of the embedded tokens and of what each block adds to them (`embd_pdrop` and
+            `resid_pdrop` of GPT-2, whose 0.1 is for training from scratch). Drawn anew for every forward pass, from
+            the seed. The weights of attention are never dropped: they are not in memory.
 
     What trains:
         freeze, unfreeze: patterns of parameter names ("blocks.0.*"). layers: a range of blocks ("2-5"). See
@@ -78,6 +78,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     clip: float | None = 1.0
+    dropout: float = 0.0
     validation: float = 0.05
     evaluate_every: int | None = None
     patience: int | None = None
@@ -165,8 +166,9 @@ class Settings:
             yield "optimizer", f"one of {', '.join(OPTIMIZERS)}"
         if self.schedule not in KINDS:
             yield "schedule", f"one of {', '.join(KINDS)}"
-        if not (_number(self.validation) and 0 <= self.validation < 1):
-            yield "validation", "a share from 0 to below 1"
+        for name in ("validation", "dropout"):
+            if not (_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+                yield name, "a share from 0 to below 1"
         if not (whole(self.seed) and 0 <= self.seed < 2**63):
             yield "seed", "a whole number, 0 or more"
         if not (self.layers is None or isinstance(self.layers, str)):

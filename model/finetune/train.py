@@ -7,7 +7,7 @@ however many forward passes and processes make it: each loss is a sum, divided b
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from model.errors import TrainingError
 from model.finetune import checkpoint
 from model.finetune.batches import Batches
 from model.finetune.distributed import World
+from model.finetune.dropout import drawn
 from model.finetune.log import Log
 from model.finetune.modules import Network
 from model.finetune.optimizer import LossScale, Optimizer, clipping
@@ -164,12 +165,19 @@ class Trainer:
         for place, batch in enumerate(passes):
             # Gradients that are added up in place cross the network once.
             alone = place + 1 < len(passes) and self.optimizer.total is None
-            with self.module.no_sync() if alone and hasattr(self.module, "no_sync") else nullcontext():
+            silent = self.module.no_sync() if alone and hasattr(self.module, "no_sync") else nullcontext()
+            with silent, self._drawn(step, place):
                 loss = self.module(*batch)
                 (loss * factor).backward()
             self.optimizer.collect()
             total += loss.detach()
         return total, targets
+
+    def _drawn(self, step: int, place: int) -> AbstractContextManager:
+        """Where a forward pass of a step draws what it drops."""
+        if not self.settings.dropout:
+            return nullcontext()
+        return drawn(self.device, self.settings.seed, step, place, self.world.rank)
 
     def evaluate(self) -> float | None:
         """The mean loss over the targets of validation, nats a token; None if a signal came before its end."""
