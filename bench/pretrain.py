@@ -9,7 +9,8 @@ windows at another place, so that no token always stands at a window's beginning
 as float16, which is what the package would ship.
 
 The validation loss is in nats a token: the mean over the 50 whole windows of 512 tokens of `val.txt`, each the mean
-over its 511 predictions, by a float32 forward pass. The embedded model's is 3.056 (perplexity 21.2).
+over its 511 predictions, by a float32 forward pass. The embedded model is what this recipe made: 2.951
+(perplexity 19.1), in 43 minutes on 2 cores of a Xeon.
 """
 
 import json
@@ -25,7 +26,7 @@ from bench.report import machine
 from model.load import locate
 
 KJV = Path(__file__).parent / "data" / "kjv"
-PASSES, WINDOW = 7, 512
+PASSES, WINDOW = 8, 512
 
 #: Of `lm.finetune`. Decay of matrices, the tables among them.
 OPTIONS = {
@@ -35,7 +36,8 @@ OPTIONS = {
     "learning_rate": 4e-3,
     "schedule": "linear",
     "warmup": 60,
-    "weight_decay": 0.1,
+    "weight_decay": 0.3,
+    "dropout": 0.1,
     "betas": (0.9, 0.97),
     "clip": 1.0,
     "evaluate_every": 500,

@@ -15,7 +15,7 @@ from model import GPT2Config, LanguageModel, ModelError, TokenizerError
 from model.sampling import Sampling
 
 PROMPT = "And Moses said unto"
-GREEDY = [259, 341, 12, 303, 491, 259, 341, 482, 386, 26, 303, 491, 259, 341, 482, 386, 14, 199, 296, 688]
+GREEDY = [259, 492, 269, 432, 12, 1414, 361, 289, 259, 498, 269, 734, 12, 268, 1473, 259, 492, 269, 432, 12]
 PROMPTS = [PROMPT, "", "In the beginning", "a", "The LORD is my shepherd; I shall not want. 🙂"]
 
 
@@ -100,7 +100,7 @@ def test_greedy_golden_tokens(device, count):
     result = lm.generate(PROMPT, max_new_tokens=count)
     assert result.tokens == GREEDY[:count]
     assert result.text == lm.tokenizer.decode(GREEDY[:count])
-    assert result.text.startswith(" the LORD, I am the LORD your God")
+    assert result.text.startswith(" the children of Israel, Go up to the land")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -4,19 +4,26 @@ import types
 
 import numpy as np
 import pytest
+import torch
+from reference import from_pretrained
 from rich.console import Console
 
 import model
 from bench import pretrain
+from model.load import locate
 
 
-def test_the_embedded_models_loss_is_the_known_one():
+def test_the_embedded_models_loss_is_transformers():
     lm = model.load("tiny-gpt2", device="cpu", dtype="float32")
     ids = pretrain.stream("val.txt", lm.tokenizer)
     assert len(ids) == 25703
     assert pretrain.windows(ids).shape == (50, 512)
-    # Of the first 24 windows it is 2.830 and of all 50, which take longer, 3.056; the first 4 of those:
-    assert pretrain.validation_loss(lm, 4) == pytest.approx(2.8483, abs=5e-4)
+    batch = torch.from_numpy(pretrain.windows(ids)[:4]).long()
+    with torch.no_grad():
+        theirs = from_pretrained(locate("tiny-gpt2"))(batch, labels=batch).loss.item()
+    # Of all 50 windows, which take longer, it is 2.951. Two float32 forward passes that sum in other orders.
+    assert theirs == pytest.approx(2.7717, abs=5e-4)
+    assert pretrain.validation_loss(lm, 4) == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_trainers_validation_loss_is_the_same_measure():
