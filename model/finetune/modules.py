@@ -62,7 +62,7 @@ class Block(Layers):
         super().__init__(arrays)
         self.config, self.number = config, number
 
-    def forward(self, x: torch.Tensor, documents: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
         drop = partial(dropped, share=dropout) if dropout else None
         return gpt2.block(self.arrays(), self.config, self.number, x, documents=documents, drop=drop)
 
