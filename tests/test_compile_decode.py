@@ -9,6 +9,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from bench import cost_card
+from gpukernels import cached_attention
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
 from gpukernels.compile_report.recording import _CallLaunchers, stand_in
@@ -159,6 +160,31 @@ def test_what_a_row_counts_is_read_by_all_threads_before_one_writes_it(names, vo
     assert len(counted) == 1 + bool(names)
     # One thread reads the step that it writes; nothing else of 4 bytes is loaded behind the barrier.
     assert listing[barrier:].count("LDG.E") == bool(names)
+
+
+@pytest.mark.parametrize("heads", [8, 2], ids=["own keys", "shared keys"])
+def test_the_last_program_of_a_head_sees_what_the_others_have_stored(heads):
+    """All threads have stored before one counts; that is a release and an acquire of the whole GPU, and all know it."""
+    arrays = {"dtype": torch.float16, "device": "meta"}
+    q, new = torch.empty((1, 1, 8, 64), **arrays), torch.empty((1, 1, heads, 64), **arrays)
+    cache, lengths = torch.empty((1, 1024, heads, 64), **arrays), torch.empty(1, dtype=torch.int32, device="meta")
+    (launch,) = record(lambda: cached_attention(q, new, new, cache, cache, lengths), capability=90)
+    kinds = ("STG", "LDG", "BAR", "MEMBAR", "ATOM", "CCTL")
+    listing = [name for name in launch.compiled.listing if name.startswith(kinds) and not name.startswith("LDGSTS")]
+    (count,) = (i for i, name in enumerate(listing) if name.startswith("ATOM"))
+    barrier = "BAR.SYNC.DEFER_BLOCKING"
+    assert listing[count - 2 : count + 3] == [
+        barrier,
+        "MEMBAR.ALL.GPU",
+        "ATOMG.E.ADD.STRONG.GPU",
+        "CCTL.IVALL",
+        barrier,
+    ]
+    assert listing[count - 3].startswith("STG"), "of the partials"
+    behind = [name for name in listing[count + 3 :] if not name.startswith("BAR")]
+    assert behind[0] == "STG.E", "the counter is at 0 again"
+    assert all(name.endswith("STRONG.GPU") for name in behind[1:-1])
+    assert behind[-1].startswith("STG"), "of the result"
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "gpt2-xl"])
