@@ -1,4 +1,4 @@
-"""Capturing where there is no CUDA: what torch is asked, in which order."""
+"""Capturing and giving back, where there is no CUDA: what torch is asked, in which order."""
 
 import contextlib
 import gc
@@ -6,7 +6,9 @@ import types
 
 import pytest
 import torch
+from decoding import lively, replayed
 
+from model import language_model
 from model.graph import _CudaCapture
 
 
@@ -72,3 +74,38 @@ def test_after_a_capture_that_fails_garbage_is_collected(cuda):
     with pytest.raises(ValueError, match="no step"):
         _CudaCapture(torch.device("cuda:0"))(step)
     assert gc.isenabled()
+
+
+def test_a_decoder_is_given_back_when_its_work_has_ended(monkeypatch):
+    """A row that ends by itself has been fed once more: the next call, on whichever stream, must not meet that step."""
+    monkeypatch.setattr(language_model, "can_capture", lambda *arguments: True)
+    monkeypatch.setattr("model.graph._CudaCapture", lambda device: replayed)
+    lm, started, running = lively(torch.device("cpu")), 0, 0
+    first, *others = lm.generate([3, 1, 4], max_new_tokens=9, temperature=1.0, seed=1).tokens
+    lm.eos_token_ids = (next(token for token in others if token != first),)
+    decoder, device = lm._idle, lm.parameters.device
+    decoder.ahead = True
+    step, fetch = decoder.step, device.fetch
+
+    def stepped(rows):
+        nonlocal started, running
+        started, running = started + 1, running + 1
+        return step(rows)
+
+    def fetched(array):
+        read = fetch(array)
+
+        def waits():
+            nonlocal running
+            running = max(0, running - 1) if array is not decoder.cache.lengths else 0  # or all that was started
+            return read()
+
+        return waits
+
+    monkeypatch.setattr(decoder, "step", stepped)
+    monkeypatch.setattr(device, "fetch", fetched)
+    result = lm.generate([3, 1, 4], max_new_tokens=9, temperature=1.0, seed=1)
+    assert result.finish_reason == "eos"
+    assert started == len(result.tokens)  # of which the first is the prompt's, and the last step's is not looked at
+    assert lm._idle is decoder
+    assert running == 0
