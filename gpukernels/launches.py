@@ -33,8 +33,8 @@ def dependent_launches() -> Iterator[None]:
     H100, 2026-11-22, 3555 tokens/s instead of 2843, and 5391 where keys and values are loaded early and the tiles
     are tuned.
 
-    The caller promises that nothing launched meanwhile writes a weight, or a cache but through
-    `cached_attention`.
+    The caller promises that nothing launched meanwhile writes a weight, lengths right in front of a
+    `cached_attention`, or a cache but through it.
     """
     before, _here.dependent = _here.dependent, True
     try:

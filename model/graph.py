@@ -10,9 +10,11 @@ for each of these lengths. It fills the last row, which is free while rows are j
 values are copied to the row that they are for. Where it is not free, the same kernels are launched one by one.
 """
 
+import contextlib
+import gc
 import importlib.util
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from gpukernels.launches import dependent_launches
@@ -174,7 +176,20 @@ class _CudaCapture:
             cuda.current_stream().wait_stream(stream)
             graph = cuda.CUDAGraph()
             # Other threads may go on using the device meanwhile.
-            with cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            options = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with _no_garbage_collected(), cuda.graph(graph, **options):
                 result = function()
             self._pool = graph.pool()
         return graph.replay, result
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """A stream of text that nobody reads on releases its rows when it is collected: that would be in the graph."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -354,6 +354,8 @@ class LanguageModel:
             if decoder.lengths[row]:
                 decoder.release(row)
         if isinstance(decoder, GraphDecoder):
+            # The end of all that was started, a step that ran ahead too: the next call may be on another stream.
+            self.parameters.device.fetch(decoder.cache.lengths)()
             self._idle = decoder
 
     def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:

@@ -1,5 +1,7 @@
 """A decode step as it is launched: how many kernels, which ones, and what they compile to."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,6 +9,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from bench import cost_card
+from gpukernels import cached_attention
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
 from gpukernels.compile_report.recording import _CallLaunchers, stand_in
@@ -30,8 +33,8 @@ def step(preset: str, dtype: str, *, rows: int = 1, names=()):
         decoder._step(rows, decoder.capacity, names)
 
 
-def decoder_of(preset: str, dtype: str, *, rows: int) -> Decoder:
-    config = PRESETS[preset]
+def decoder_of(preset: str | GPT2Config, dtype: str, *, rows: int) -> Decoder:
+    config = PRESETS[preset] if isinstance(preset, str) else preset
     parameters = Parameters(slots(config), TorchDevice(torch.device("meta")), dtype)
     decoder = Decoder(parameters, config, rows=rows, capacity=config.n_positions)
     decoder.sampling._arrays["seen"] = torch.empty((rows, config.vocab_size), dtype=torch.bool, device="meta")
@@ -141,17 +144,47 @@ def test_old_keys_and_values_are_loaded_before_the_wait(capability):
     assert wait < trigger
 
 
+@pytest.mark.parametrize("vocabulary", [27, 50257])
 @pytest.mark.parametrize("names", [(), DRAWING], ids=["greedy", "drawn"])
-def test_what_a_row_counts_is_read_by_all_threads_before_one_writes_it(names):
-    """Between the loads of a row's length and step and their stores there is a barrier: no late warp reads the new."""
-    launches = record(lambda: step("gpt2", "float16", names=names), capability=90)
-    (launch,) = (each for each in launches if each.kernel == "_sample_kernel")
+def test_what_a_row_counts_is_read_by_all_threads_before_one_writes_it(names, vocabulary):
+    """Between the loads of a row's length and step and their stores there is a barrier: no late warp reads the new.
+
+    A sum of up to 32 logits is none: every warp makes it by itself.
+    """
+    decoder = decoder_of(dataclasses.replace(PRESETS["gpt2"], vocab_size=vocabulary), "float16", rows=1)
+    logits = torch.empty((1, vocabulary), dtype=torch.float16, device="meta")
+    (launch,) = record(lambda: decoder._choose(logits, 0, 1, names), capability=90)
     listing = launch.compiled.listing
     counted = [i for i, name in enumerate(listing) if name == "STG.E"]
-    barrier = max(i for i in range(counted[0]) if listing[i].startswith("BAR"))
+    barrier = max(i for i, name in enumerate(listing[: counted[0]]) if name.startswith("BAR"))
     assert len(counted) == 1 + bool(names)
     # One thread reads the step that it writes; nothing else of 4 bytes is loaded behind the barrier.
     assert listing[barrier:].count("LDG.E") == bool(names)
+
+
+@pytest.mark.parametrize("heads", [8, 2], ids=["own keys", "shared keys"])
+def test_the_last_program_of_a_head_sees_what_the_others_have_stored(heads):
+    """All threads have stored before one counts; that is a release and an acquire of the whole GPU, and all know it."""
+    arrays = {"dtype": torch.float16, "device": "meta"}
+    q, new = torch.empty((1, 1, 8, 64), **arrays), torch.empty((1, 1, heads, 64), **arrays)
+    cache, lengths = torch.empty((1, 1024, heads, 64), **arrays), torch.empty(1, dtype=torch.int32, device="meta")
+    (launch,) = record(lambda: cached_attention(q, new, new, cache, cache, lengths), capability=90)
+    kinds = ("STG", "LDG", "BAR", "MEMBAR", "ATOM", "CCTL")
+    listing = [name for name in launch.compiled.listing if name.startswith(kinds) and not name.startswith("LDGSTS")]
+    (count,) = (i for i, name in enumerate(listing) if name.startswith("ATOM"))
+    barrier = "BAR.SYNC.DEFER_BLOCKING"
+    assert listing[count - 2 : count + 3] == [
+        barrier,
+        "MEMBAR.ALL.GPU",
+        "ATOMG.E.ADD.STRONG.GPU",
+        "CCTL.IVALL",
+        barrier,
+    ]
+    assert listing[count - 3].startswith("STG"), "of the partials"
+    behind = [name for name in listing[count + 3 :] if not name.startswith("BAR")]
+    assert behind[0] == "STG.E", "the counter is at 0 again"
+    assert all(name.endswith("STRONG.GPU") for name in behind[1:-1])
+    assert behind[-1].startswith("STG"), "of the result"
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "gpt2-xl"])

@@ -199,7 +199,6 @@ def sample_row(
         penalty = tl.load(penalty_ptr + row)
         seen_ptr += row * stride_seen_b
     if lengths_ptr is not None:
-        # Before any barrier: one thread writes it further down, and no other may read what that one wrote.
         length = tl.load(lengths_ptr + row)
     whole = V // BLOCK * BLOCK
 
@@ -254,13 +253,15 @@ def sample_row(
             token = block + tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
     token = tl.where(finite, token, -1)
     if lengths_ptr is not None:
+        # One thread writes below what all have read above: length, step, `seen`. The sums have brought them together,
+        # but not those of up to 32 logits, which each warp makes by itself.
+        tl.debug_barrier()
         if length > 0:
             tl.store(lengths_ptr + row, length + 1)
             if step_ptr is not None:
                 tl.store(step_ptr + row, tl.load(step_ptr + row) + 1)
             known = tl.maximum(token, 0)
             if penalty_ptr is not None:
-                # Behind the reductions that made the token: no thread reads `seen` any more.
                 tl.store(seen_ptr + known, tl.full((), 1, tl.uint8), finite)
             for start in range(0, C, BLOCK_C):
                 col = start + tl.arange(0, BLOCK_C)

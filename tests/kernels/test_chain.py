@@ -1,0 +1,115 @@
+"""Steps and prompts as a GPU runs them, one kernel beside the next: nobody reads too early, or writes too soon."""
+
+import pytest
+import torch
+import triton.language as tl
+from chain import Touched, chain, faults
+from decoding import lively
+
+import gpukernels
+from gpukernels.kernels import few_rows
+from gpukernels.kernels.attention import decode
+from gpukernels.kernels.device import INTERPRETING, Gpu
+from gpukernels.launches import dependent_launches
+from model.decoder import Decoder
+from model.graph import GraphDecoder
+from model.sampling import Sampling
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="the interpreter knows what is touched")
+
+CPU = torch.device("cpu")
+DRAWN = Sampling(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)
+
+
+@pytest.fixture(autouse=True)
+def several_splits(monkeypatch):
+    """Four shares of a row's keys for each head, of blocks of four keys."""
+    monkeypatch.setattr(decode, "_HEAD_TILES", {1024: (4, 4)})
+    monkeypatch.setattr(decode, "_GROUP_TILES", {1024: (16, 4)})
+    monkeypatch.setattr(decode, "gpu", lambda: Gpu(capability=80, multiprocessors=12))
+
+
+def replayed(function):
+    """As decoding.replayed, but what is replayed are dependent launches, as a graph has them."""
+    result = function()
+
+    def replay():
+        with dependent_launches():
+            result.copy_(function())
+
+    return replay, result
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_rows_start_step_move_and_leave(captured):
+    """Eagerly too, with dependent launches throughout: then a prompt of one token is a step's kernels."""
+    lm = lively(CPU, "float16", n_embd=32, n_head=2)
+    options = {"rows": 3, "capacity": lm.config.n_positions} | ({"capture": replayed} if captured else {})
+    decoder = (GraphDecoder if captured else Decoder)(lm.parameters, lm.config, **options)
+    with chain() as launches, dependent_launches():
+        decoder.start(0, list(range(11)), Sampling())
+        decoder.start(1, [5], DRAWN, seed=3, seen=[5])
+        for _ in range(2):
+            decoder.step(2)
+        decoder.move(1, 0)
+        decoder.release(1)
+        decoder.step(1)
+        decoder.start(1, list(range(20)), Sampling())
+        decoder.start(2, [7, 8], Sampling())
+        decoder.start(0, [7], DRAWN)  # the last row is in use
+        decoder.step(3)
+    names = {launch.name for launch in launches if launch.dependent}
+    assert names == {"_few_rows_kernel", "_decode_head_kernel"}
+    assert any(len(launch.waited) < len({*launch.early, *launch.reads}) for launch in launches if launch.dependent)
+    assert faults(launches) == []
+
+
+def test_a_product_in_passes_and_heads_that_share_keys(monkeypatch):
+    monkeypatch.setattr(few_rows, "_HELD", {8: 100, 16: 100})
+    monkeypatch.setattr(few_rows, "_PASS", 512)
+    x, weight, residual = torch.randn(11, 700).half(), torch.randn(24, 700).half(), torch.randn(11, 24).half()
+    q, k = torch.randn(2, 1, 4, 16).half(), torch.randn(2, 1, 2, 16).half()
+    cache, lengths = torch.randn(2, 40, 2, 16).half(), torch.tensor([37, 3], dtype=torch.int32)
+    with chain() as launches, dependent_launches():
+        gpukernels.linear(x, weight, residual=residual)
+        gpukernels.cached_attention(q, k, k, cache, cache.clone(), lengths)
+    assert [launch.name for launch in launches if launch.dependent] == ["_few_rows_kernel", "_decode_group_kernel"]
+    assert faults(launches) == []
+
+
+def test_what_is_read_too_early_is_found():
+    """Lengths that are written right in front of attention, and a chain in which nobody waits."""
+    q, cache, lengths = torch.randn(1, 1, 2, 16), torch.randn(1, 40, 2, 16), torch.tensor([36], dtype=torch.int32)
+    with chain() as launches, dependent_launches():
+        lengths += 1
+        gpukernels.cached_attention(q, q, q, cache, cache.clone(), lengths)
+    assert faults(launches) == ["_decode_head_kernel reads before its wait what aten::add_.Tensor writes"]
+    with chain() as launches, dependent_launches():
+        tl.extra.cuda.gdc_wait = lambda _semantic=None: None
+        gpukernels.cached_attention(q, q, q, cache, cache.clone(), lengths)
+    name = "_decode_head_kernel"
+    assert faults(launches) == [
+        f"{name} never waits: the next one starts beside what came before",
+        f"{name} writes before it has waited",
+    ]
+
+
+def test_programs_that_touch_the_same_are_found():
+    launch = Touched("kernel")
+    launch.writes[(0,)].append(torch.arange(4).numpy())
+    launch.reads[(1,)].append(torch.arange(4, 8).numpy())
+    assert faults([launch]) == []
+    launch.reads[(1,)].append(torch.arange(3, 4).numpy())
+    assert faults([launch]) == ["programs of kernel touch what another one writes"]
+
+
+def test_what_changes_and_is_read_early_through_a_cache_is_found():
+    before, between, launch = Touched("before"), Touched("between"), Touched("kernel", dependent=True)
+    before.writes[(0,)].append(torch.arange(4).numpy())
+    launch.early[(0,)].append(torch.arange(4).numpy())
+    launch.waited.add((0,))
+    assert faults([before, between, launch]) == []
+    launch.cached[(0,)].append(torch.arange(1).numpy())
+    assert faults([before, between, launch]) == [
+        "kernel reads before its wait, perhaps old lines of a cache, what changes"
+    ]

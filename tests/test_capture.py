@@ -1,0 +1,111 @@
+"""Capturing and giving back, where there is no CUDA: what torch is asked, in which order."""
+
+import contextlib
+import gc
+import types
+
+import pytest
+import torch
+from decoding import lively, replayed
+
+from model import language_model
+from model.graph import _CudaCapture
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as capturing uses it; whether a capture is under way."""
+    here = types.SimpleNamespace(captures=False)
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            pass
+
+        def pool(self):
+            return "pool"
+
+    @contextlib.contextmanager
+    def capturing(graph, *, pool, stream, capture_error_mode):
+        here.captures = True
+        yield
+        here.captures = False
+
+    for name, value in {
+        "device": contextlib.nullcontext, "stream": contextlib.nullcontext, "Stream": Stream, "CUDAGraph": Graph,
+        "current_stream": Stream, "graph": capturing,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    return here
+
+
+def test_what_is_left_alone_is_not_collected_into_a_graph(cuda):
+    """The rows that it releases are another decoder's memory, which every replay would write to."""
+    released = []
+
+    def stream():
+        try:
+            yield
+        finally:
+            released.append(cuda.captures)
+
+    def step():
+        text = stream()
+        next(text)
+        left = [text]
+        left.append(left)  # found by the collector, and by nobody else
+        del text, left
+        return [[] for _ in range(2 * gc.get_threshold()[0])]  # so many that it has started by now, if it may
+
+    _CudaCapture(torch.device("cuda:0"))(step)
+    gc.collect()
+    assert released == [False, False]
+    assert gc.isenabled()
+
+
+def test_after_a_capture_that_fails_garbage_is_collected(cuda):
+    def step():
+        if cuda.captures:
+            raise ValueError("no step")
+
+    with pytest.raises(ValueError, match="no step"):
+        _CudaCapture(torch.device("cuda:0"))(step)
+    assert gc.isenabled()
+
+
+def test_a_decoder_is_given_back_when_its_work_has_ended(monkeypatch):
+    """A row that ends by itself has been fed once more: the next call, on whichever stream, must not meet that step."""
+    monkeypatch.setattr(language_model, "can_capture", lambda *arguments: True)
+    monkeypatch.setattr("model.graph._CudaCapture", lambda device: replayed)
+    lm, started, running = lively(torch.device("cpu")), 0, 0
+    first, *others = lm.generate([3, 1, 4], max_new_tokens=9, temperature=1.0, seed=1).tokens
+    lm.eos_token_ids = (next(token for token in others if token != first),)
+    decoder, device = lm._idle, lm.parameters.device
+    decoder.ahead = True
+    step, fetch = decoder.step, device.fetch
+
+    def stepped(rows):
+        nonlocal started, running
+        started, running = started + 1, running + 1
+        return step(rows)
+
+    def fetched(array):
+        read = fetch(array)
+
+        def waits():
+            nonlocal running
+            running = max(0, running - 1) if array is not decoder.cache.lengths else 0  # or all that was started
+            return read()
+
+        return waits
+
+    monkeypatch.setattr(decoder, "step", stepped)
+    monkeypatch.setattr(device, "fetch", fetched)
+    result = lm.generate([3, 1, 4], max_new_tokens=9, temperature=1.0, seed=1)
+    assert result.finish_reason == "eos"
+    assert started == len(result.tokens)  # of which the first is the prompt's, and the last step's is not looked at
+    assert lm._idle is decoder
+    assert running == 0
