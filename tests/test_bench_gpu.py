@@ -205,6 +205,25 @@ def test_a_part_has_its_own_longest_time():
     assert found["seconds"] < 10
 
 
+def test_what_a_part_has_said_is_there_when_its_time_is_up(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    found = run(python("long", "import time; print('this far'); time.sleep(600)", most=2), 60)
+    assert found["state"] == "cut short"
+    assert found["tail"] == ["this far"]
+
+
+def test_figures_are_found_in_front_of_what_a_library_says_at_the_end():
+    code = """
+import atexit, os
+atexit.register(os.write, 2, b"W1127 a context is destroyed\\n")
+print("words")
+print('{"bench": "x", "rows": []}', flush=True)
+"""
+    found = run(python("one", code), 60)
+    assert found["result"] == {"bench": "x", "rows": []}
+    assert found["tail"] == ["words", "W1127 a context is destroyed"]
+
+
 def test_a_part_runs_from_a_plain_checkout(tmp_path):
     found = run(Part("where", ("-c", "import bench; print(bench.__file__)"), 1, 60), 60)
     assert Path(found["tail"][-1]).parents[1] == Path(__file__).parents[1]
