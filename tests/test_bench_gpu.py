@@ -199,6 +199,17 @@ def test_parts_of_the_same_day_stay(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_copy_of_a_checkout_is_told_what_commit_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "machine", lambda: HERE | {"commit": None})
+    monkeypatch.setattr(gpu, "parts", lambda: [python("one", "")])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    gpu.main(limit=60, folder=tmp_path, commit="fedcba")
+    (path,) = tmp_path.glob("*.json")
+    document = json.loads(path.read_text())
+    assert document["machine"]["commit"] == document["parts"][0]["commit"] == "fedcba"
+    assert report.in_words(HERE | {"commit": None}).endswith("2026-01-02; commit unknown")
+
+
 def test_a_part_has_its_own_longest_time():
     found = run(python("long", "import time; time.sleep(600)", most=0.3), 60)
     assert found["state"] == "cut short"
