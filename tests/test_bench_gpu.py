@@ -1,6 +1,7 @@
 """The GPU run, simulated: parts that are short, long, broken or not there; what is left of them on disk."""
 
 import json
+import re
 import subprocess
 import time
 import types
@@ -172,6 +173,26 @@ def test_failing_tests_are_told_as_they_fail(tmp_path):
     assert [document[key] for key in ("passed", "failed", "skipped")] == [1, 2, 1]
     said = [each["said"] for each in document["failures"]]
     assert said == ["assert 1 == 2 +  where 1 = f()", "ImportError: no judge"]
+
+
+def test_the_gpus_tests_are_those_that_are_marked():
+    """Every file with a mark, and the folder that marks its tests by itself."""
+    names = [Path(file).name for file in gpu_tests.files()]
+    assert {"test_decoder_gpu.py", "test_upload_gpu.py", "test_interop.py", "test_registration.py"} < set(names)
+    assert names[-1] == "kernels"
+    assert "test_bench_faults.py" not in names
+    elsewhere = re.compile(r"^from kernel_cases import .*\bDEVICE\b", re.MULTILINE)  # where there is a GPU
+    uses = {path.name for path in Path(__file__).parent.glob("test_*.py") if elsewhere.search(path.read_text())}
+    assert len(uses) >= 3
+    assert uses <= set(names)
+
+
+def test_what_only_a_gpu_can_run_is_first_and_every_file_is_met_early():
+    files = ("kernels/test_a.py", "kernels/test_b.py", "test_c_gpu.py", "test_d.py")
+    items = [types.SimpleNamespace(path=Path(file), number=number) for file in files for number in (1, 2)]
+    gpu_tests.pytest_collection_modifyitems(items)
+    found = [(each.path.stem[5:], each.number) for each in items]
+    assert found == [("c_gpu", 1), ("c_gpu", 2), ("a", 1), ("b", 1), ("d", 1), ("a", 2), ("b", 2), ("d", 2)]
 
 
 def test_what_is_verified_is_in_the_file_op_by_op(tmp_path, monkeypatch, capsys):
