@@ -31,12 +31,15 @@ def files() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """What nothing but a GPU can run comes first, then the first test of every file, the second, and so on."""
+    """What nothing but a GPU can run comes first, then the first test of every file, the second, and so on.
+
+    The persistent step comes last: a barrier that is wrong would wait for ever.
+    """
     met: Counter[Path] = Counter()
 
-    def place(item: Any) -> tuple[bool, int]:
+    def place(item: Any) -> tuple[bool, bool, int]:
         met[item.path] += 1
-        return not item.path.stem.endswith("_gpu"), met[item.path]
+        return "persistent" in item.name, not item.path.stem.endswith("_gpu"), met[item.path]
 
     items.sort(key=place)
 

@@ -189,10 +189,12 @@ def test_the_gpus_tests_are_those_that_are_marked():
 
 def test_what_only_a_gpu_can_run_is_first_and_every_file_is_met_early():
     files = ("kernels/test_a.py", "kernels/test_b.py", "test_c_gpu.py", "test_d.py")
-    items = [types.SimpleNamespace(path=Path(file), number=number) for file in files for number in (1, 2)]
+    names = ("test_one", "test_a_persistent_step", "test_two")
+    items = [types.SimpleNamespace(path=Path(file), name=name) for file in files for name in names]
     gpu_tests.pytest_collection_modifyitems(items)
-    found = [(each.path.stem[5:], each.number) for each in items]
-    assert found == [("c_gpu", 1), ("c_gpu", 2), ("a", 1), ("b", 1), ("d", 1), ("a", 2), ("b", 2), ("d", 2)]
+    found = [f"{each.path.stem[5:]} {each.name[5:]}" for each in items]
+    assert found[:8] == ["c_gpu one", "c_gpu two", "a one", "b one", "d one", "a two", "b two", "d two"]
+    assert all("persistent" in each for each in found[8:])
 
 
 def test_what_is_verified_is_in_the_file_op_by_op(tmp_path, monkeypatch, capsys):
