@@ -1,6 +1,6 @@
 """The GPU run: everything that is measured or checked on a GPU, in the order of its worth, within a time limit.
 
-    python -m bench.gpu [--limit 540] [--only kernels] [--dry-run]
+    python -m bench.gpu [--limit 540] [--only kernels] [--commit 0123abc] [--dry-run]
 
 From a plain checkout, with no install step: compiles all kernels at once, runs the GPU tests, `verify`, the kernel
 and the model benchmarks. After each part the results so far are written to bench/results/ as one JSON, one HTML and
@@ -30,6 +30,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(metavar="PART", help="Only this part; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the parts and their expected times.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the results go.")] = ROOT / "bench" / "results",
+    commit: Annotated[str | None, typer.Option(help="What is measured, where git cannot say.")] = None,
 ) -> None:
     """Run the parts, one after the other, and write what they find."""
     known = parts()
@@ -41,6 +42,7 @@ def main(
         listed(wanted, limit)
         return
     here = machine()
+    here["commit"] = here.get("commit") or commit  # a copy of a checkout may have no .git
     if "gpu" not in here:
         _refuse("there is no NVIDIA GPU here (nvidia-smi finds none); --dry-run lists what would run")
     if not folder.is_dir():

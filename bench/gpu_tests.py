@@ -6,19 +6,42 @@ python -m bench.gpu_tests [--json FILE] [PYTEST'S OPTIONS]
 import os
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench.parts import ROOT
 from bench.report import write_json
 
 _OFTEN = 2.0  # seconds between two files, while nothing fails
-_PROCESSES = 8  # that compile and test side by side; each has CUDA's context, half a GiB
+_PROCESSES = 16  # that compile and test side by side; each has CUDA's context, half a GiB
 
+_TESTS = ROOT / "tests"
 #: What cannot be imported here (a judge that is not installed) does not keep the rest from running.
 OPTIONS = ("-q", "-m", "gpu", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "bench.gpu_tests")
 
 _failed = False  # the test that is under way
+
+
+def files() -> list[str]:
+    """Those with tests for a GPU. What the others import would take its time in every process."""
+    marked = (path for path in sorted(_TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8"))
+    return [*map(str, marked), str(_TESTS / "kernels")]
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """What nothing but a GPU can run comes first, then the first test of every file, the second, and so on.
+
+    The persistent step comes last: a barrier that is wrong would wait for ever.
+    """
+    met: Counter[Path] = Counter()
+
+    def place(item: Any) -> tuple[bool, bool, int]:
+        met[item.path] += 1
+        return "persistent" in item.name, not item.path.stem.endswith("_gpu"), met[item.path]
+
+    items.sort(key=place)
 
 
 def pytest_runtest_logreport(report: Any) -> None:
@@ -84,8 +107,10 @@ def main(arguments: list[str]) -> int:
     file = None
     if arguments[:1] == ["--json"]:
         file, arguments = Path(arguments[1]), arguments[2:]
-    spread = ("--numprocesses", str(min(_PROCESSES, os.cpu_count() or 1))) if find_spec("xdist") else ()
-    return pytest.main([*OPTIONS, *spread, *(arguments or ["tests"])], plugins=[Recorder(file)])
+    processes = str(min(_PROCESSES, os.cpu_count() or 1))
+    # One by one, in their order.
+    spread = ("--numprocesses", processes, "--maxschedchunk", "1") if find_spec("xdist") else ()
+    return pytest.main([*OPTIONS, *spread, *(arguments or files())], plugins=[Recorder(file)])
 
 
 if __name__ == "__main__":

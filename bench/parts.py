@@ -73,8 +73,9 @@ def run(part: Part, seconds: float, keep: Callable[[dict[str, Any]], None] = lam
     with tempfile.TemporaryDirectory() as scratch:
         figures, printed = Path(scratch) / "figures.json", Path(scratch) / "printed.txt"
         command = [sys.executable, *(str(figures) if each == JSON else each for each in part.command)]
-        # From a plain checkout: nothing is installed.
+        # From a plain checkout: nothing is installed. What a part has said is there when it is ended, too.
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         start = time.monotonic()
 
         def left(state: str, code: int | None) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def run(part: Part, seconds: float, keep: Callable[[dict[str, Any]], None] = lam
 
         with printed.open("wb") as output:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, stdin=subprocess.DEVNULL,
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
@@ -118,8 +119,12 @@ def _left(figures: Path, printed: Path) -> dict[str, Any]:
     """What a part has found so far, and the last lines of what it has printed."""
     lines = printed.read_text(encoding="utf-8", errors="replace").splitlines()
     result = _parsed(figures.read_text(encoding="utf-8")) if figures.exists() else None
-    if lines and (last := _parsed(lines[-1])) is not None:
-        result, lines = last if result is None else result, lines[:-1]
+    # The last line, but for what libraries say when a process ends.
+    for line in reversed(lines[-_TAIL:]):
+        if (last := _parsed(line)) is not None:
+            result = last if result is None else result
+            lines.remove(line)
+            break
     return {"result": result, "tail": lines[-_TAIL:]}
 
 

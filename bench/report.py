@@ -55,7 +55,7 @@ def in_words(machine: dict[str, Any]) -> str:
     parts = [] if gpu is None else [f"{gpu['name']}, {gpu['memory_mib'] / 1024:.0f} GiB, driver {gpu['driver']}"]
     parts += [f"{machine['cores']} cores of {machine['processor']}", f"Python {machine['python']}"]
     parts += [f"{name} {version}" for name, version in machine["versions"].items()]
-    parts += [machine["date"], f"commit {machine['commit']}"]
+    parts += [machine["date"], f"commit {machine['commit'] or 'unknown'}"]
     return "; ".join(parts)
 
 

@@ -1,6 +1,6 @@
 """Under `torch.autocast` products are made in its dtype, as torch's own are, and streams stay as wide as they are.
 
-Runs twice, as `test_registration` does.
+Runs where `test_registration` does.
 """
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 from kernel_cases import DEVICE, SINGLE
 
 from gpukernels import library
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 HALF = torch.float16
 

@@ -1,6 +1,7 @@
 """The GPU run, simulated: parts that are short, long, broken or not there; what is left of them on disk."""
 
 import json
+import re
 import subprocess
 import time
 import types
@@ -174,6 +175,28 @@ def test_failing_tests_are_told_as_they_fail(tmp_path):
     assert said == ["assert 1 == 2 +  where 1 = f()", "ImportError: no judge"]
 
 
+def test_the_gpus_tests_are_those_that_are_marked():
+    """Every file with a mark, and the folder that marks its tests by itself."""
+    names = [Path(file).name for file in gpu_tests.files()]
+    assert {"test_decoder_gpu.py", "test_upload_gpu.py", "test_interop.py", "test_registration.py"} < set(names)
+    assert names[-1] == "kernels"
+    assert "test_bench_faults.py" not in names
+    elsewhere = re.compile(r"^from kernel_cases import .*\bDEVICE\b", re.MULTILINE)  # where there is a GPU
+    uses = {path.name for path in Path(__file__).parent.glob("test_*.py") if elsewhere.search(path.read_text())}
+    assert len(uses) >= 3
+    assert uses <= set(names)
+
+
+def test_what_only_a_gpu_can_run_is_first_and_every_file_is_met_early():
+    files = ("kernels/test_a.py", "kernels/test_b.py", "test_c_gpu.py", "test_d.py")
+    names = ("test_one", "test_a_persistent_step", "test_two")
+    items = [types.SimpleNamespace(path=Path(file), name=name) for file in files for name in names]
+    gpu_tests.pytest_collection_modifyitems(items)
+    found = [f"{each.path.stem[5:]} {each.name[5:]}" for each in items]
+    assert found[:8] == ["c_gpu one", "c_gpu two", "a one", "b one", "d one", "a two", "b two", "d two"]
+    assert all("persistent" in each for each in found[8:])
+
+
 def test_what_is_verified_is_in_the_file_op_by_op(tmp_path, monkeypatch, capsys):
     from gpukernels import verify
 
@@ -199,10 +222,40 @@ def test_parts_of_the_same_day_stay(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_copy_of_a_checkout_is_told_what_commit_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "machine", lambda: HERE | {"commit": None})
+    monkeypatch.setattr(gpu, "parts", lambda: [python("one", "")])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    gpu.main(limit=60, folder=tmp_path, commit="fedcba")
+    (path,) = tmp_path.glob("*.json")
+    document = json.loads(path.read_text())
+    assert document["machine"]["commit"] == document["parts"][0]["commit"] == "fedcba"
+    assert report.in_words(HERE | {"commit": None}).endswith("2026-01-02; commit unknown")
+
+
 def test_a_part_has_its_own_longest_time():
     found = run(python("long", "import time; time.sleep(600)", most=0.3), 60)
     assert found["state"] == "cut short"
     assert found["seconds"] < 10
+
+
+def test_what_a_part_has_said_is_there_when_its_time_is_up(monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    found = run(python("long", "import time; print('this far'); time.sleep(600)", most=2), 60)
+    assert found["state"] == "cut short"
+    assert found["tail"] == ["this far"]
+
+
+def test_figures_are_found_in_front_of_what_a_library_says_at_the_end():
+    code = """
+import atexit, os
+atexit.register(os.write, 2, b"W1127 a context is destroyed\\n")
+print("words")
+print('{"bench": "x", "rows": []}', flush=True)
+"""
+    found = run(python("one", code), 60)
+    assert found["result"] == {"bench": "x", "rows": []}
+    assert found["tail"] == ["words", "W1127 a context is destroyed"]
 
 
 def test_a_part_runs_from_a_plain_checkout(tmp_path):

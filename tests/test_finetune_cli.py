@@ -69,7 +69,7 @@ def test_a_signal_ends_the_command_with_its_code_and_resume_goes_on(run, text, t
     command = ["finetune", "--data", text, "--out", out, "--validation", "0", "--quiet", *SMALL]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-m", "model.cli", *command], env=environment, stdout=subprocess.PIPE)
-    while process.poll() is None and not (out.exists() and len(log(out)) > 1):
+    while process.poll() is None and not ((out / "log.jsonl").exists() and len(log(out)) > 1):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()

@@ -50,6 +50,12 @@ def top(name: str) -> str:
     return name.split(".")[0]
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """Where there is a GPU all are collected together, and pytest imports a file by its name alone."""
+    names = [path.name for path in files("tests") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_reader_of_imports_sees_every_form(tmp_path, monkeypatch):
     package = tmp_path / "gpukernels"
     package.mkdir()

@@ -1,6 +1,7 @@
 """Every op as torch sees it: schema, fake tensors, autograd, `torch.compile`.
 
-Runs twice: with the CPU implementations in plain torch, and once more with the interpreted kernels.
+Runs twice: with the CPU implementations in plain torch, and once more with the interpreted kernels. On a GPU it is one
+of the GPU's tests.
 """
 
 import pytest
@@ -13,6 +14,8 @@ from gpukernels import library
 from gpukernels.library.few_rows import few_rows
 from gpukernels.library.registry import LAUNCHERS
 from gpukernels.verify.layouts import LAYOUTS
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 RTOL, ATOL = 1e-3, 1e-3  # eager against compiled: the same kernels, in float16 at worst
 
@@ -310,6 +313,10 @@ def test_sample_compiled_whole():
     assert torch.equal(compiled(logits, **options), library.sample(logits, **options))
 
 
+# Dynamo's are; Inductor says on a GPU that float32 could be less exact.
+without_a_warning = pytest.mark.filterwarnings("error::UserWarning", "ignore:TensorFloat32 tensor cores:UserWarning")
+
+
 def positions(*shape):
     return SINGLE.ints(torch.arange(shape[-1]).expand(shape), "int64")
 
@@ -370,7 +377,7 @@ def test_every_public_op_is_compiled():
     assert named == {*PUBLIC, *WRITING}
 
 
-@pytest.mark.filterwarnings("error::UserWarning")  # dynamo's are
+@without_a_warning
 @pytest.mark.parametrize("name", WRITING)
 def test_an_op_that_writes_is_compiled_whole(name):
     def use(arguments):
@@ -387,7 +394,7 @@ def test_an_op_that_writes_is_compiled_whole(name):
     assert any(not torch.equal(calls[0][key], each) for key, each in given.items() if hasattr(each, "clone"))
 
 
-@pytest.mark.filterwarnings("error::UserWarning")  # dynamo's are
+@without_a_warning
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_op_is_compiled_whole_and_without_a_warning(name):
     op, arrays = getattr(gpukernels, name), PUBLIC[name]()

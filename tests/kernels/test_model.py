@@ -31,6 +31,11 @@ def judge(tmp_path_factory):
     return of
 
 
+def load(judge: Judge) -> model.LanguageModel:
+    """In the judge's dtype: by itself a GPU would take float16."""
+    return model.load(judge.folder, device=torch.device(DEVICE), dtype="float32")
+
+
 @pytest.fixture
 def kernels_only(monkeypatch):
     """Call it, and no plain op may stand in for a kernel any more."""
@@ -45,7 +50,7 @@ def kernels_only(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_transformers(judge, name, kernels_only):
     windows = [judge(name).expected(*shape) for shape in ((1, 1), (3, 20), (1, 70))]
-    lm = model.load(judge(name).folder, device=torch.device(DEVICE))
+    lm = load(judge(name))
     kernels_only()
     for expected in windows:
         expected.check(lm.logits(expected.ids))
@@ -54,7 +59,7 @@ def test_logits_are_transformers(judge, name, kernels_only):
 def test_greedy_tokens_are_transformers(judge, monkeypatch, kernels_only):
     monkeypatch.setattr(reference, "NEW_TOKENS", 16)
     prompts, wanted = zip(*(judge("default").greedy(length) for length in (9, 3)), strict=True)
-    lm = model.load(judge("default").folder, device=torch.device(DEVICE))
+    lm = load(judge("default"))
     kernels_only()
     for result, tokens in zip(lm.generate(list(prompts), max_new_tokens=16), wanted, strict=True):
         assert result.tokens == tokens
@@ -84,7 +89,7 @@ def step(parameters, config, ids):
 
 
 def test_a_training_step_is_plain_torchs(judge, kernels_only):
-    lm = model.load(judge("default").folder, device=torch.device(DEVICE))
+    lm = load(judge("default"))
     ids = torch.from_numpy(judge("default").draw(2, 41)).to(DEVICE)
     truth_loss, truth = step(leaves(lm.parameters, torch.float64), lm.config, ids)
     kernels_only()
