@@ -66,7 +66,8 @@ class World:
             done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
             return done.then(lambda future: future.value()[0])
 
-        wrapped = DistributedDataParallel(network)
+        # Its sums are the gradients, and not copied to them.
+        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
         wrapped.register_comm_hook(None, add)
         return wrapped
 

@@ -1,8 +1,9 @@
 """AdamW over one buffer of all parameters that train, Muon for some of them, and the loss scale of float16.
 
-Parameters and gradients are views of two flat buffers, matrices first: they alone decay, and the first of them may
-be Muon's. On CUDA an update by AdamW is one launch; on the CPU it goes through the buffers in pieces that stay in
-the cache.
+Parameters are views of a flat buffer, matrices first: they alone decay, and the first of them may be Muon's. Their
+gradients go to a second one when they are whole, by one copy: were they views of it from the start, torch would add
+each of them to zeros. On CUDA an update by AdamW is one launch; on the CPU it goes through the buffers in pieces that
+stay in the cache.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -52,7 +53,7 @@ class Optimizer:
 
     Args:
         named: the parameters that train, all of one dtype and device. Each is moved into the buffer, where its
-            value and its gradient then are. Of those that are sharded, this rank's rows are.
+            value then is. Of those that are sharded, this rank's rows are, and their gradients.
         betas, eps, weight_decay: see `gpukernels.adamw`; biases and norms do not decay.
         accumulates: several backward passes make one gradient: of a 16-bit model it is summed in float32.
         matrices: the names of those that Muon moves; none of them is sharded.
@@ -85,6 +86,7 @@ class Optimizer:
         self.matrices = [name for name, _ in named if name in matrices]
 
         self.shards: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.parts: list[tuple[nn.Parameter, torch.Tensor]] = []  # of the gradient, of what is not sharded
 
         def zeros(dtype, start=0):
             return torch.zeros(end - start, dtype=dtype, device=first.device)
@@ -96,7 +98,8 @@ class Optimizer:
             view, gradient, here = self.view(self.parameter, name), self.view(self.gradient, name), parameter.detach()
             view.copy_(local(here))
             if local(here) is here:
-                parameter.data, parameter.grad = view, gradient
+                parameter.data = view
+                self.parts.append((parameter, gradient))
                 continue
             # FSDP2 has memory of its own for a shard, and adds to the gradient that is there.
             from torch.distributed.tensor import DTensor
@@ -117,20 +120,34 @@ class Optimizer:
         return flat[start : start + shape.numel()].view(shape)
 
     def zero(self) -> None:
-        """Makes the gradient 0."""
-        self.gradient.zero_()
+        """Forgets the gradient."""
+        for parameter, _ in self.parts:
+            parameter.grad = None
+        if self.shards:
+            self.gradient.zero_()
         if self.total is not None:
             self.total.zero_()
 
     def collect(self) -> None:
-        """Call it after each backward pass: a 16-bit gradient joins the float32 sum."""
+        """Takes the gradients of the parameters, which then have none; those of 16 bits may join a float32 sum.
+
+        Call it behind the last backward pass, and where there is such a sum, behind each.
+        """
+        found = [(part, parameter.grad) for parameter, part in self.parts if parameter.grad is not None]
+        if found:
+            torch._foreach_copy_(*map(list, zip(*found, strict=True)))
+        for parameter, part in self.parts:
+            if parameter.grad is None:
+                part.zero_()
+            parameter.grad = None
         if self.total is not None:
             self.total += self.gradient
-            self.gradient.zero_()
+            if self.shards:
+                self.gradient.zero_()
 
     @property
     def whole(self) -> torch.Tensor:
-        """The gradient of all backward passes since `zero`, flat, times the loss scale."""
+        """The gradient of all backward passes from `zero` to `collect`, flat, times the loss scale."""
         return self.gradient if self.total is None else self.total
 
     def norm(self) -> torch.Tensor:
@@ -146,7 +163,7 @@ class Optimizer:
         learning_rate = torch.full((), rate, dtype=wide, device=device)
         gradient_scale = None if scale == 1.0 else torch.full((), scale, dtype=wide, device=device)
         count = len(gradient)
-        size = count if device.type == "cuda" else _PIECE
+        size = _PIECE if device.type == "cpu" else count
         for start in range(self.muons, count, size):
             part = slice(start, start + size)
             adamw(

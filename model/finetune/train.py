@@ -163,13 +163,14 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         passes = list(self.train.passes(numbers, self.device))
         for place, batch in enumerate(passes):
-            # Gradients that are added up in place cross the network once.
+            # Gradients that torch adds up cross the network once, and are taken once.
             alone = place + 1 < len(passes) and self.optimizer.total is None
             silent = self.module.no_sync() if alone and hasattr(self.module, "no_sync") else nullcontext()
             with silent, self._drawn(step, place):
                 loss = self.module(*batch)
                 (loss * factor).backward()
-            self.optimizer.collect()
+            if not alone:
+                self.optimizer.collect()
             total += loss.detach()
         return total, targets
 
