@@ -103,6 +103,7 @@ def _save(ctx, inputs, output):
     hidden, weight, targets, weights, *ctx.options = inputs
     _, divisor, dhidden, dweight = output
     ctx.mark_non_differentiable(divisor, dhidden, dweight)
+    ctx.set_materialize_grads(False)  # else zeros are made for all three
     ctx.save_for_backward(hidden, weight, targets, weights, divisor, dhidden, dweight)
 
 

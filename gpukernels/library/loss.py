@@ -110,6 +110,7 @@ def _save(ctx, inputs, output):
     logits, targets, weights, *ctx.options, _ = inputs
     _, lse, divisor = output
     ctx.mark_non_differentiable(lse, divisor)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, weights, lse, divisor)
 
 
