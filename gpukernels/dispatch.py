@@ -11,7 +11,7 @@ from gpukernels.ops.checks import implementation
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 #: Ops that have no kernel for wide heads.
-_ATTENTION = ("attention", "cached_attention", "decode_attention")
+_ATTENTION = ("attention", "cached_attention", "decode_attention", "packed_attention")
 
 
 class Choice(NamedTuple):

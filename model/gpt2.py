@@ -11,7 +11,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from gpukernels import attention, cached_attention, embedding, layer_norm, linear, linear_cross_entropy, norm_linear
+from gpukernels import (
+    cached_attention,
+    embedding,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    norm_linear,
+    packed_attention,
+)
 from model.cache import Cache
 from model.config import ACTIVATIONS, GPT2Config
 from model.parameters import Parameters, Slot
@@ -114,8 +122,8 @@ def blocks(parameters: Parameters, config: GPT2Config, x, cache: Cache | None = 
         x: (B, T, C), embedded tokens.
         cache: the keys and values of what came before; takes those of these tokens. Its lengths
             already count the T new tokens. None: the tokens are all there is.
-        last_only: of the last position alone. The last block then computes keys and values for all
-            positions, and everything behind them for one.
+        last_only: of the last position alone, with a cache. The last block then computes keys and values for
+            all positions, and everything behind them for one.
 
     Returns:
         (B, T, C), or (B, 1, C).
@@ -150,13 +158,14 @@ def block(
     eps = config.layer_norm_epsilon
 
     qkv = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps)
-    q, k, v = _thirds(qkv.reshape(batch, new, 3, config.n_head, config.head_width))
-    if last_only:
-        q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
+    qkv = qkv.reshape(batch, new, 3, config.n_head, config.head_width)
     scale = config.attention_scale(layer)
     if cache is None:
-        y = attention(q, k, v, scale=scale, documents=documents)
+        y = packed_attention(qkv, scale=scale, documents=documents)
     else:
+        q, k, v = _thirds(qkv)
+        if last_only:
+            q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
         y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, scale=scale, arrivals=cache.arrivals)
     x = onto_stream(y.reshape(x.shape), "projection")
 
@@ -173,7 +182,7 @@ def block(
 
 
 def _thirds(qkv):
-    """q, k and v of (B, T, 3, H, D). The gradient of torch's unbind writes qkv's once; that of three slices thrice."""
+    """q, k and v of (B, T, 3, H, D); unbind is torch's quickest way."""
     return qkv.unbind(2) if hasattr(qkv, "unbind") else (qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
 
 

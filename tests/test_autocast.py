@@ -46,6 +46,14 @@ def attention_by_hand(q, k, v):
     return library.attention(*half(q, k, v))
 
 
+def packed_attention(qkv):
+    return library.packed_attention(qkv)
+
+
+def packed_attention_by_hand(qkv):
+    return library.packed_attention(*half(qkv))
+
+
 def matmul(a, b):
     return library.matmul(a, b)
 
@@ -67,6 +75,7 @@ CASES = {
     "linear of few rows": (linear, linear_by_hand, [(3, 20), (24, 20), (24,), (3, 24)]),
     "norm_linear": (norm_linear, norm_linear_by_hand, [(3, 20), (24, 20), (24,), (20,)]),
     "attention": (attention, attention_by_hand, [(2, 5, 2, 16)] * 3),
+    "packed_attention": (packed_attention, packed_attention_by_hand, [(2, 5, 3, 2, 16)]),
     "matmul": (matmul, matmul_by_hand, [(5, 20), (20, 7)]),
     "linear_cross_entropy": (loss, loss_by_hand, [(5, 20), (30, 20)]),
 }

@@ -109,7 +109,7 @@ def test_verifying_numpy(run):
     assert code == 0
     assert document["holds"]
     assert document["device"] == "NumPy on the CPU"
-    assert len(document["verdicts"]) == 2 * 18  # ops, in float16 and in float32
+    assert len(document["verdicts"]) == 2 * 19  # ops, in float16 and in float32
     assert all(verdict["way"] == "forward" and verdict["worst"] <= 1 for verdict in document["verdicts"])
 
 

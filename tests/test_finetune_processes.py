@@ -41,7 +41,7 @@ from model.finetune.distributed import joined, local
 from model.finetune.train import Trainer
 from model.on_disk import load_on_disk
 
-init, attention, held = Trainer.__init__, gpt2.attention, {}
+init, attention, held = Trainer.__init__, gpt2.packed_attention, {}
 
 def watched(self, network, *args, **options):
     global watching
@@ -59,7 +59,7 @@ def counted(*args, **options):
         y.register_hook(count)
     return y
 
-Trainer.__init__, gpt2.attention = watched, counted
+Trainer.__init__, gpt2.packed_attention = watched, counted
 folder, out, runs = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 with joined(torch.device("cpu")):
     for name, options in runs:

@@ -290,6 +290,7 @@ STRIDED = {  # shapes, and lists of integers
     "norm_linear": {"x": (2, 5, 6), "norm_weight": (6,), "norm_bias": (6,), "weight": (9, 6)},
     "matmul": {"a": (2, 5, 6), "b": (2, 6, 3)},
     "attention": {"q": (2, 3, 4, 6), "k": (2, 7, 2, 6), "v": (2, 7, 2, 6), "lengths": [7, 4]},
+    "packed_attention": {"qkv": (2, 5, 3, 2, 6)},
     "embedding": {"ids": [[1, 4]], "weight": (5, 6), "positions": [[2, 0]], "position_weight": (3, 6)},
 }
 

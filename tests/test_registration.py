@@ -48,6 +48,10 @@ def attention_calls(kind):
         out, lse = torch.ops.gpukernels.attention(*detached, *options)
         for dlse, needs in ((None, [True] * 3), (lse.nan_to_num(neginf=0.0), [False, True, False])):
             yield "attention_backward", (out.clone(), dlse, *detached, out, lse, *options, needs)
+    packed = (leaf(kind, 2, 7, 3, 2, 16), bounds, 0.25, True, 3)
+    yield "packed_attention", packed
+    out, lse = (x.detach() for x in torch.ops.gpukernels.packed_attention(*packed))
+    yield "packed_attention_backward", (out.clone(), packed[0].detach(), out, lse, *packed[1:])
 
 
 def product_calls(kind):
@@ -223,6 +227,7 @@ def embedded(weight, position_weight):
 FUNCTIONS = {
     "norms": (norms, [(4, 6, 20), (20,), (20,)]),
     "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
+    "packed attention": (lambda qkv: library.packed_attention(qkv, window=4), [(2, 7, 3, 2, 16)]),
     "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
     "losses": (losses, [(3, 4, 70)]),
     "linear losses": (linear_losses, [(3, 4, 20), (70, 20)]),
@@ -334,6 +339,7 @@ PUBLIC = {
     "linear_cross_entropy": lambda: (draw(4, 8), draw(9, 8), positions(4)),
     "matmul": lambda: (draw(4, 8), draw(8, 3)),
     "norm_linear": lambda: (draw(4, 8), draw(8), None, draw(3, 8)),
+    "packed_attention": lambda: (draw(2, 7, 3, 2, 16),),
     "rms_norm": lambda: (draw(4, 8), draw(8)),
     "rope": lambda: (draw(1, 4, 2, 8), positions(1, 4)),
     "sample": lambda: (draw(4, 8),),
@@ -368,8 +374,7 @@ WRITING = {
 }
 
 
-def draw(*shape):
-    return SINGLE.draw(*shape)
+draw = SINGLE.draw
 
 
 def test_every_public_op_is_compiled():

@@ -5,7 +5,7 @@ on fake tensors and with autograd; on CPU tensors it runs plain torch, or the ke
 interprets them (TRITON_INTERPRET=1).
 """
 
-from gpukernels.library.attention import attention
+from gpukernels.library.attention import attention, packed_attention
 from gpukernels.library.cached_attention import cached_attention
 from gpukernels.library.decode_attention import decode_attention
 from gpukernels.library.embedding import embedding

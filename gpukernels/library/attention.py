@@ -1,4 +1,4 @@
-"""`attention` as a torch op, which returns the result and the log-sum-exp that its backward op needs.
+"""`attention` and `packed_attention` as torch ops, which return the result and the log-sum-exp that backward ops need.
 
 One query a row over a cache, without a gradient, goes to `decode_attention`.
 """
@@ -13,6 +13,7 @@ from gpukernels.kernels.attention.forward import attention_forward
 from gpukernels.library.decode_attention import decode_attention
 from gpukernels.library.registry import autocast, define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.attention import attention as plain_attention
+from gpukernels.torch_ops.attention import packed_attention as plain_packed_attention
 
 WIDEST = 256  # wider heads run plain torch
 
@@ -147,6 +148,59 @@ def _differentiated(ctx, dout, dlse):
 differentiate(_attention, _save, _differentiated)
 
 
+def _packed_launch(qkv, bounds, scale, causal, window):
+    return attention_forward(*qkv.unbind(2), None, bounds, scale, causal=causal, window=window)
+
+
+def _packed_plain(qkv, bounds, scale, causal, window):
+    return _plain(*qkv.unbind(2), None, bounds, scale, causal, window)
+
+
+def _packed_fake(qkv, bounds, scale, causal, window):
+    return _fake(qkv[:, :, 0], None, None, None, bounds, scale, causal, window)
+
+
+def _packed_backward_launch(dout, qkv, out, lse, bounds, scale, causal, window):
+    dqkv, needs = empty(qkv, *qkv.shape), (True,) * 3
+    options = {"causal": causal, "window": window, "needs": needs, "into": dqkv.unbind(2)}
+    attention_backward(dout, None, *qkv.unbind(2), out, lse, None, bounds, scale, **options)
+    return dqkv
+
+
+def _packed_backward_plain(dout, qkv, out, lse, bounds, scale, causal, window):
+    options = (None, bounds, scale, causal, window, (True,) * 3)
+    return torch.stack(_backward_plain(dout, None, *qkv.unbind(2), out, lse, *options), 2)
+
+
+_packed_attention = define(
+    "packed_attention(Tensor qkv, Tensor? bounds, float scale, bool causal, int window) -> (Tensor, Tensor)",
+    launch=_packed_launch,
+    plain=_packed_plain,
+    fake=_packed_fake,
+)
+_packed_attention_backward = define(
+    "packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? bounds, float scale, "
+    "bool causal, int window) -> Tensor",
+    launch=_packed_backward_launch,
+    plain=_packed_backward_plain,
+    fake=lambda dout, qkv, out, lse, bounds, scale, causal, window: empty(qkv, *qkv.shape),
+)
+
+
+def _save_packed(ctx, inputs, output):
+    qkv, bounds, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output, bounds)
+
+
+def _differentiated_packed(ctx, dout, _dlse):
+    return _packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+differentiate(_packed_attention, _save_packed, _differentiated_packed)
+
+
 def attention(
     q, k, v, *, causal=True, window=None, lengths=None, documents=None, scale=None, return_lse=False
 ):  # fmt: skip
@@ -161,3 +215,13 @@ def attention(
     bounds = None if documents is None else _document_bounds(documents)
     out, lse = _attention(q, k, v, lengths, bounds, scale, causal, window or 0)
     return (out, lse) if return_lse else out
+
+
+def packed_attention(qkv, *, causal=True, window=None, documents=None, scale=None):
+    (qkv,) = autocast(qkv)
+    width = qkv.shape[4]
+    if width > WIDEST:
+        return plain_packed_attention(qkv, causal=causal, window=window, documents=documents, scale=scale)
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    bounds = None if documents is None else _document_bounds(documents)
+    return _packed_attention(qkv, bounds, scale, causal, window or 0)[0]

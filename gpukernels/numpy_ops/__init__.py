@@ -6,7 +6,7 @@ prefill the products are BLAS's, so what stands between them works in place, on 
 stay in a core's cache.
 """
 
-from gpukernels.numpy_ops.attention import attention, cached_attention, decode_attention
+from gpukernels.numpy_ops.attention import attention, cached_attention, decode_attention, packed_attention
 from gpukernels.numpy_ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.numpy_ops.matmul import linear, matmul, norm_linear
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm

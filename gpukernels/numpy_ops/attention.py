@@ -46,6 +46,11 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def packed_attention(qkv, *, causal=True, window=None, documents=None, scale=None):
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    return attention(q, k, v, causal=causal, window=window, documents=documents, scale=scale)
+
+
 def decode_attention(q, k, v, lengths, *, window=None, scale=None):
     return attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)[:, 0]
 

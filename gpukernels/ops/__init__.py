@@ -14,7 +14,7 @@ A weight may be narrower than `x` (float16 storage under float32 activations): i
 as it is used.
 """
 
-from gpukernels.ops.attention import attention, cached_attention, decode_attention
+from gpukernels.ops.attention import attention, cached_attention, decode_attention, packed_attention
 from gpukernels.ops.checks import ACTIVATIONS
 from gpukernels.ops.loss import cross_entropy, cross_entropy_with_gradient, linear_cross_entropy
 from gpukernels.ops.matmul import linear, matmul, norm_linear
@@ -39,6 +39,7 @@ __all__ = [
     "linear_cross_entropy",
     "matmul",
     "norm_linear",
+    "packed_attention",
     "rms_norm",
     "rope",
     "sample",

@@ -72,21 +72,48 @@ def attention(
     if heads == 0 or width == 0:
         raise ValueError(f"attention: q must be (B, T, H, D) with H and D of 1 or more, got {shape(q)}")
     _check_keys("attention", q, k, v)
-    _check_window("attention", window)
-    if window is not None and not causal:
-        raise ValueError("attention: window needs causal=True")
+    _check_window("attention", window, causal)
     if lengths is None:
         if causal and new > k.shape[1]:
             raise ValueError(f"attention: q has {new} positions but k only {k.shape[1]}; pass lengths for padding")
     else:
         _check_lengths("attention", lengths, batch, k.shape[1])
-    if documents is not None:
-        check_shape("attention", "documents", documents, (batch, k.shape[1]), "one number for each key")
-        check_integers("attention", "documents", documents)
+    _check_documents("attention", documents, batch, k.shape[1])
     _check_scale("attention", scale)
     return run.attention(
         q, k, v, causal=causal, window=window, lengths=lengths, documents=documents, scale=scale, return_lse=return_lse
     )
+
+
+def packed_attention(
+    qkv: Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    documents: Array | None = None,
+    scale: float | None = None,
+) -> Array:
+    """`attention` of queries, keys and values that lie together, as one product makes them.
+
+    attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], ...); the gradient is written in one piece, where that of
+    three slices is joined.
+
+    Args:
+        qkv: (B, T, 3, H, D).
+        causal, window, documents, scale: as for `attention`.
+
+    Returns:
+        (B, T, H, D), contiguous, of qkv's dtype. Raises as `attention` does.
+    """
+    op = "packed_attention"
+    run = implementation(op, {"qkv": qkv}, documents=documents)
+    check_floats(op, qkv=qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
+        raise ValueError(f"{op}: qkv must be (B, T, 3, H, D) with H and D of 1 or more, got {shape(qkv)}")
+    _check_window(op, window, causal)
+    _check_documents(op, documents, *qkv.shape[:2])
+    _check_scale(op, scale)
+    return run.packed_attention(qkv, causal=causal, window=window, documents=documents, scale=scale)
 
 
 def decode_attention(
@@ -216,9 +243,17 @@ def _check_keys(op: str, q: Array, k: Array, v: Array) -> None:
             raise TypeError(f"{op}: {name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(array.dtype)}")
 
 
-def _check_window(op: str, window: int | None) -> None:
+def _check_window(op: str, window: int | None, causal: bool = True) -> None:
     if window is not None and not (whole(window) and window >= 1):
         raise ValueError(f"{op}: window must be a whole number, 1 or more, got {window!r}")
+    if window is not None and not causal:
+        raise ValueError(f"{op}: window needs causal=True")
+
+
+def _check_documents(op: str, documents: Array | None, batch: int, keys: int) -> None:
+    if documents is not None:
+        check_shape(op, "documents", documents, (batch, keys), "one number for each key")
+        check_integers(op, "documents", documents)
 
 
 def _check_lengths(op: str, lengths: Array, batch: int, keys: int) -> None:

@@ -4,7 +4,7 @@ These are the baseline of the benchmarks and, in float64, the truth of the kerne
 what is meant in the fewest steps. `gpukernels.ops` has the contracts and has checked the arguments.
 """
 
-from gpukernels.torch_ops.attention import attention, cached_attention, decode_attention
+from gpukernels.torch_ops.attention import attention, cached_attention, decode_attention, packed_attention
 from gpukernels.torch_ops.linear_loss import linear_cross_entropy
 from gpukernels.torch_ops.loss import cross_entropy, cross_entropy_with_gradient
 from gpukernels.torch_ops.matmul import linear, matmul, norm_linear

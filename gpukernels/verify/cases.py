@@ -126,6 +126,15 @@ def attentions(draw: Draw) -> Iterator[Case]:
     yield Case("documents", given | {"documents": draw.ints(documents)})
 
 
+def packed_attentions(draw: Draw) -> Iterator[Case]:
+    for shape in draw.several([(2, 21, 3, 2, 16), (1, 37, 3, 1, 40)], [(2, 300, 3, 4, 64), (1, 257, 3, 2, 128)]):
+        yield Case(f"qkv {shape}", {"qkv": draw.floats(*shape)})
+    qkv = {"qkv": draw.floats(2, 21, 3, 2, 16)}
+    yield Case("a window of 9, a scale of 0.5", qkv, {"window": 9, "scale": 0.5})
+    yield Case("every key", qkv, {"causal": False})
+    yield Case("documents", qkv | {"documents": draw.ints(np.stack([np.arange(21) // 16, np.arange(21) // 7]))})
+
+
 def decode_attentions(draw: Draw) -> Iterator[Case]:
     # Heads, heads of keys, width, capacity.
     # Of one head the interpreter's three multiprocessors share the keys, and of two that have the same keys.

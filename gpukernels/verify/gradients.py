@@ -111,6 +111,12 @@ def attention(
     }
 
 
+def packed_attention(qkv, douts, documents=None, **options):
+    thirds = {name: qkv[:, :, i] for i, name in enumerate("qkv")}
+    found = attention(**thirds, douts=douts, documents=documents, **options)
+    return {"qkv": (np.stack([found[name][0] for name in "qkv"], 2), found["q"][1])}
+
+
 def gelu(x, douts, *, approximate="tanh"):
     # The tanh form's slope has the term x sigmoid'(v) v'(x), |x v'(x)| <= 3 |v|, and |v| sigmoid'(v) < 0.3: all its
     # terms together are below 3, and an exponential of v errs by |v| of its value.
@@ -137,5 +143,6 @@ def embedding(ids, weight, douts, positions=None, position_weight=None):
 
 
 GRADIENTS = {
-    each.__name__: each for each in (layer_norm, rms_norm, linear, matmul, attention, gelu, swiglu, rope, embedding)
+    each.__name__: each
+    for each in (layer_norm, rms_norm, linear, matmul, attention, packed_attention, gelu, swiglu, rope, embedding)
 }

@@ -193,6 +193,7 @@ OPS = {
     "norm_linear": Op(cases.norm_linears, _result("norm_linear"), huge=("x",)),
     "matmul": Op(cases.matmuls, _result("matmul"), _gradients("matmul"), ("a",)),
     "attention": Op(cases.attentions, _result("attention"), _gradients("attention"), ("v",)),
+    "packed_attention": Op(cases.packed_attentions, _result("packed_attention"), _gradients("packed_attention")),
     "decode_attention": Op(cases.decode_attentions, _result("decode_attention"), huge=("v",)),
     "cached_attention": Op(
         cases.cached_attentions, _cached_attention, huge=("v", "values"), written=("keys", "values")

@@ -129,6 +129,10 @@ def true_attention(
     return out, Truth(lse, lse_magnitude, max(width, keys), wide=True)
 
 
+def true_packed_attention(qkv, **options):
+    return true_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], **options)
+
+
 def true_decode_attention(q, k, v, lengths, *, window=None, scale=None):
     whole = true_attention(q[:, None], k, v, window=window, lengths=lengths, scale=scale)
     return Truth(whole.value[:, 0], whole.magnitude[:, 0], whole.length)

@@ -155,6 +155,24 @@ def test_packed_queries_keys_and_values(loads):
     assert torch.equal(packed, before)
 
 
+@pytest.mark.parametrize("options", ["causal", "window", "documents"])
+@pytest.mark.usefixtures("small_tiles")
+def test_packed_attention_is_that_of_its_thirds_bit_for_bit(loads, options, monkeypatch):
+    qkv, dout = HALF.draw(3, 37, 3, 2, 16).requires_grad_(), HALF.draw(3, 37, 2, 16, seed=1)
+    options = OPTIONS.get(options, {"documents": HALF.ints(np.arange(111).reshape(3, 37) // 8)})
+    thirds = gpukernels.attention(*qkv.unbind(2), **options)
+    wanted = thirds, *torch.autograd.grad(thirds, qkv, dout)
+    for most in (3, 2):  # rows of a launch
+        monkeypatch.setattr(blocks, "MOST_ROWS", most)
+        packed = gpukernels.packed_attention(qkv, **options)
+        found = packed, *torch.autograd.grad(packed, qkv, dout)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def test_packed_heads_that_are_wider_than_the_kernels_run_plain_torch():
+    check_gradients("packed_attention", {"qkv": SINGLE.draw(1, 3, 3, 1, WIDEST + 1)})
+
+
 @pytest.mark.parametrize("size", [(0, 4, 2, 16, 9, 2), (2, 0, 2, 16, 9, 2), (2, 3, 2, 16, 0, 2)], ids=str)
 def test_nothing(size, loads):
     lengths = {"lengths": [0, 0]} if size[4] == 0 else {}

@@ -198,26 +198,29 @@ def _attention_backward_queries_kernel(
     store_rows(dq * dq_scale, dq_ptr, row, stride_dqt, T, D, BLOCK_M, BLOCK_D)
 
 
-def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *, causal, window, needs):
+def attention_backward(dout, dlse, q, k, v, out, lse, lengths, bounds, scale, *, causal, window, needs, into=None):
     """dq, dk, dv, contiguous, of the inputs' dtypes.
 
     Args:
         dlse: the gradient of lse (B, H, T), float32, or None.
         needs: which of the three are wanted; dk and dv come together. The others come back empty.
+        into: where all three are written, arrays whose last dimension is contiguous; None: made for the call.
     """
     if len(q) > blocks.MOST_ROWS:
         options = {"scale": scale, "causal": causal, "window": window, "needs": needs}
         launch = functools.partial(attention_backward, **options)
-        return blocks.in_parts(launch, dout, dlse, q, k, v, out, lse, lengths, bounds)
+        found = blocks.in_parts(launch, dout, dlse, q, k, v, out, lse, lengths, bounds)
+        return found if into is None else tuple(whole.copy_(part) for whole, part in zip(into, found, strict=True))
     needs_q, needs_kv = needs[0], needs[1] or needs[2]
     q, k, v, dout = unit_inner_stride(q, k, v, dout)
     B, T, H, D = q.shape
     S, kv_heads = k.shape[1:3]
     window = window if window < S else 0  # a wider one hides nothing, and positions plus it could pass 32 bits
     lengths = None if lengths is None else lengths.contiguous()
-    dq = torch.empty(q.shape if needs_q else 0, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape if needs_kv else 0, dtype=q.dtype, device=q.device)
-    dv = torch.empty(v.shape if needs_kv else 0, dtype=q.dtype, device=q.device)
+    if into is None:
+        shapes = (q.shape if needs_q else 0, *(x.shape if needs_kv else 0 for x in (k, v)))
+        into = tuple(torch.empty(each, dtype=q.dtype, device=q.device) for each in shapes)
+    dq, dk, dv = into
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
 
     # Heads wider than 128 spill hundreds of bytes when their tiles come by descriptor.
