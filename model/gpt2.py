@@ -157,7 +157,7 @@ def block(
     batch, new, _ = x.shape
     eps = config.layer_norm_epsilon
 
-    qkv = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps)
+    qkv, x = norm_linear(x, p["norm1.weight"], p["norm1.bias"], p["qkv.weight"], p["qkv.bias"], eps=eps, with_x=True)
     qkv = qkv.reshape(batch, new, 3, config.n_head, config.head_width)
     scale = config.attention_scale(layer)
     if cache is None:
@@ -169,7 +169,7 @@ def block(
         y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, scale=scale, arrivals=cache.arrivals)
     x = onto_stream(y.reshape(x.shape), "projection")
 
-    up = norm_linear(
+    up, x = norm_linear(
         x,
         p["norm2.weight"],
         p["norm2.bias"],
@@ -177,6 +177,7 @@ def block(
         p["up.bias"],
         eps=eps,
         activation=ACTIVATIONS[config.activation_function],
+        with_x=True,
     )
     return onto_stream(up, "down")
 

@@ -58,6 +58,9 @@ def test_norm_linear(kind, shape):
     plain = gpukernels.norm_linear(arrays["x"], arrays["norm_weight"], None, arrays["weight"])
     zeros = {name: kind.array(np.zeros(len(arrays[name]))) for name in ("norm_bias", "bias")}
     np.testing.assert_array_equal(host(plain), host(gpukernels.norm_linear(**arrays | zeros)))
+    y, x = gpukernels.norm_linear(**arrays | zeros, with_x=True)
+    np.testing.assert_array_equal(host(y), host(plain))
+    assert x is arrays["x"]
 
 
 @every_kind

@@ -190,7 +190,7 @@ def attend(q, k, v):
 
 
 def block(x, norm_weight, up, down, bias):
-    y = library.norm_linear(x, norm_weight, None, up, bias, activation="gelu_new")
+    y, x = library.norm_linear(x, norm_weight, None, up, bias, activation="gelu_new", with_x=True)
     return library.matmul(library.linear(y, down, residual=x), down)
 
 

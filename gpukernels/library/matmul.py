@@ -12,7 +12,7 @@ from gpukernels import torch_ops
 from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.matmul_backward import linear_backward
 from gpukernels.library.few_rows import few_rows
-from gpukernels.library.norm import layer_norm
+from gpukernels.library.norm import layer_norm, layer_norm_and_x
 from gpukernels.library.registry import autocast, autocast_dtype, define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.pointwise import ACTIVATIONS
 
@@ -143,10 +143,15 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return _linear(x, weight, bias, activation, residual, save_z)[0]
 
 
-def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
+def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None, with_x=False):
     if autocast_dtype(x) is None and _is_few(x, norm_weight, norm_bias, weight, bias):
-        return few_rows(x, weight, bias, norm=(norm_weight, norm_bias, eps, True), activation=activation)
-    return linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+        y = few_rows(x, weight, bias, norm=(norm_weight, norm_bias, eps, True), activation=activation)
+    elif with_x and wants_gradient(x):
+        h, x = layer_norm_and_x(x, norm_weight, norm_bias, eps)
+        y = linear(h, weight, bias, activation=activation)
+    else:
+        y = linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+    return (y, x) if with_x else y
 
 
 def _matmul_launch(a, b, may_split):

@@ -10,10 +10,12 @@ import torch
 
 from gpukernels import torch_ops
 from gpukernels.kernels.norm import norm_backward, norm_forward
-from gpukernels.library.registry import define, differentiate, empty
+from gpukernels.library.registry import define, differentiate, empty, only_once
 
 
-def _define_norm(name: str, *, center: bool) -> Callable:
+def _define_norm(name: str, *, center: bool) -> tuple[Callable, Callable]:
+    """The op and its backward op."""
+
     def normalize(s, weight, bias, eps):
         if center:
             return torch_ops.layer_norm(s, weight, bias, eps=eps)
@@ -97,11 +99,38 @@ def _define_norm(name: str, *, center: bool) -> Callable:
         )
 
     differentiate(forward, save, differentiated)
-    return forward
+    return forward, backward
 
 
-_layer_norm = _define_norm("layer_norm", center=True)
-_rms_norm = _define_norm("rms_norm", center=False)
+_layer_norm, _layer_norm_backward = _define_norm("layer_norm", center=True)
+_rms_norm, _ = _define_norm("rms_norm", center=False)
+
+
+def _and_x_differentiated(ctx, dy, dx):
+    """What comes back along x is to the backward kernel what comes back along the sum with a residual."""
+    if dy is None:
+        return dx, None, None, None
+    needs = ctx.needs_input_grad[:3]
+    found = _layer_norm_backward(dy, dx, *ctx.saved_tensors, needs)
+    return *(each if need else None for each, need in zip(found, needs, strict=True)), None
+
+
+class _AndX(torch.autograd.Function):
+    """Layer norm of x, and x itself, which an op must not return, but a node of the graph may."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, _, mean, rstd = _layer_norm(x, weight, bias, None, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y, x.view_as(x)
+
+    backward = staticmethod(only_once("gpukernels::layer_norm", _and_x_differentiated))
+
+
+def layer_norm_and_x(x, weight, bias, eps):
+    """y and x; the gradient of x, which must want one, is made in one launch from those of both."""
+    return _AndX.apply(x, weight, bias, eps)
 
 
 def layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):

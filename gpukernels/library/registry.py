@@ -38,11 +38,11 @@ def differentiate(op: Callable, setup_context: Callable, backward: Callable, *, 
 
     twice: `backward` is made of ops that have gradients themselves. Without it a second derivative is refused.
     """
-    backward = backward if twice else _only_once(op.name(), backward)
+    backward = backward if twice else only_once(op.name(), backward)
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-def _only_once(name: str, backward: Callable) -> Callable:
+def only_once(name: str, backward: Callable) -> Callable:
     """torch would take a backward op without a gradient of its own for a constant, and make wrong second ones."""
 
     def run(ctx, *upstream):

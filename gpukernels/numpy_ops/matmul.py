@@ -33,8 +33,9 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return y if compute == x.dtype else y.astype(x.dtype)
 
 
-def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
-    return linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None, with_x=False):
+    y = linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+    return (y, x) if with_x else y
 
 
 def matmul(a, b):

@@ -55,7 +55,8 @@ def norm_linear(
     *,
     eps: float = 1e-5,
     activation: str | None = None,
-) -> Array:
+    with_x: bool = False,
+) -> Array | tuple[Array, Array]:
     """activation(layer_norm(x, norm_weight, norm_bias, eps) @ weight.T + bias), what a decode step fuses.
 
     Args:
@@ -65,16 +66,19 @@ def norm_linear(
         bias: (N,) or None.
         eps: of the layer norm; not negative.
         activation: one of `ACTIVATIONS`, or None.
+        with_x: also return x, for the residual connection around what is computed here: the gradient that comes
+            back along it is added where the norm's is made, and not by a pass of its own.
 
     Returns:
-        (..., N), of x's dtype. Raises as `layer_norm` and `linear` do.
+        y (..., N), of x's dtype; or (y, x). Raises as `layer_norm` and `linear` do.
     """
     arrays = {"x": x, "norm_weight": norm_weight, "weight": weight}
     run = implementation("norm_linear", arrays, norm_bias=norm_bias, bias=bias)
     check_floats("norm_linear", **arrays, norm_bias=norm_bias, bias=bias)
     check_norm("norm_linear", x, norm_weight, norm_bias, eps, "norm_weight", "norm_bias")
     check_product("norm_linear", x, weight, bias, activation)
-    return run.norm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps, activation=activation)
+    options = {"eps": eps, "activation": activation, "with_x": with_x}
+    return run.norm_linear(x, norm_weight, norm_bias, weight, bias, **options)
 
 
 def matmul(a: Array, b: Array) -> Array:

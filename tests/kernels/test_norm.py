@@ -93,6 +93,30 @@ def test_a_result_nobody_used_has_no_gradient():
             assert torch.equal(gradients[0], torch.ones_like(gradients[0]))
 
 
+@pytest.mark.parametrize("kind", [HALF, SINGLE], ids=ids)
+def test_the_gradient_along_x_is_added_in_the_backward_kernel(kind):
+    """Of `norm_linear(..., with_x=True)`, to the bit as along the sum of x and a residual of zeros."""
+    given = kind.draws(x=(5, 14, 40), norm_weight=(40,), norm_bias=(40,), weight=(24, 40))
+    leaves = {name: array.requires_grad_() for name, array in given.items()}
+    y, x = gpukernels.norm_linear(**leaves, with_x=True)
+    zeros = torch.zeros_like(x)
+    h, total = gpukernels.layer_norm(leaves["x"], leaves["norm_weight"], leaves["norm_bias"], residual=zeros)
+    wanted = gpukernels.linear(h, leaves["weight"])
+    assert torch.equal(y, wanted)
+    assert torch.equal(x, leaves["x"])
+    upstream = kind.draw(*y.shape), kind.draw(*x.shape, seed=1)
+    gradients = [
+        torch.autograd.grad(results, list(leaves.values()), upstream, retain_graph=True)
+        for results in ((y, x), (wanted, total))
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    # Of one alone, the other's is nothing.
+    (along_x,) = torch.autograd.grad(x, leaves["x"], upstream[1], retain_graph=True)
+    assert torch.equal(along_x, upstream[1])
+    (along_y,) = torch.autograd.grad(y, leaves["x"], upstream[0], retain_graph=True)
+    assert torch.equal(along_y, torch.autograd.grad(wanted, leaves["x"], upstream[0])[0])
+
+
 @names
 def test_the_same_bits_every_time_and_whatever_the_neighbours(name):
     given = {key: x.requires_grad_() for key, x in arrays(name, HALF, (37, 768)).items()}
