@@ -128,7 +128,7 @@ def _losses() -> list[Knob]:
 
 
 def _losses_in_chunks() -> list[Knob]:
-    chunks = {"_CHUNK_BYTES": (1 << 27, 1 << 28, 1 << 29)}
+    chunks = {"_CHUNK_BYTES": (1 << 28, 1 << 29, 1 << 30)}
     return [Knob("linear_loss", None, "both", chunks, _values), _losses()[1]]
 
 

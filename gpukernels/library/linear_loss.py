@@ -134,7 +134,6 @@ def linear_cross_entropy(
     differentiated = torch.is_grad_enabled()
     return _forward(
         hidden, weight, targets, None if weights is None else weights.detach(),
-        ignore_index, label_smoothing, z_loss, reduction,
-        kernels.rows_at_a_time(weight.shape[0], weight.dtype) if chunk is None else chunk,
+        ignore_index, label_smoothing, z_loss, reduction, chunk or 0,
         differentiated and hidden.requires_grad, differentiated and weight.requires_grad,
     )[0]  # fmt: skip

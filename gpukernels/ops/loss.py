@@ -136,9 +136,10 @@ def linear_cross_entropy(
         hidden: (..., C), what the last block of a model gives.
         weight: (V, C), of hidden's dtype.
         targets, weights, ignore_index, label_smoothing, z_loss, reduction: as for `cross_entropy`.
-        chunk: tokens whose logits are in memory at a time; None: on the GPU a power of two whose logits take up
-            to 256 MiB (2048 for 50304 words in 16 bits), and at least 128; for torch on the CPU, 512. NumPy, torch
-            on the CPU but in float32, and there the reduction "none" make all logits at once.
+        chunk: tokens whose logits are in memory at a time; None: on the GPU a power of two up to a quarter of all
+            tokens, whose logits take 256 MiB to 1 GiB (of 50304 words in 16 bits, 2048 of 8192 tokens and 4096 of
+            16384), and at least 128; for torch on the CPU, 512. NumPy, torch on the CPU but in float32, and there
+            the reduction "none" make all logits at once.
 
     Returns:
         As `cross_entropy`.

@@ -127,13 +127,26 @@ def test_all_logits_are_never_in_memory(reduction, monkeypatch):
     assert largest[0] == chunk * 128 * 2
 
 
-def test_a_chunk_is_a_quarter_gigabyte_at_most():
-    assert kernels.rows_at_a_time(50304, torch.bfloat16) == 2048
-    assert kernels.rows_at_a_time(50304, torch.float32) == 1024
-    assert kernels.rows_at_a_time(128256, torch.float16) == 1024
-    assert kernels.rows_at_a_time(2**27, torch.float32) == 128
+def test_a_chunk_is_a_quarter_of_the_tokens_within_bounds():
+    def rows(tokens, vocabulary, dtype=torch.bfloat16):
+        return kernels.rows_at_a_time(tokens, vocabulary, dtype)
+
+    assert [rows(tokens, 50304) for tokens in (1, 8192, 16384, 2**20)] == [2048, 2048, 4096, 8192]
+    assert rows(8192, 50304, torch.float32) == 2048
+    assert rows(100, 128256) == 1024
+    assert rows(2**20, 2**27, torch.float32) == 128
     for vocabulary in (1, 1000, 50257, 2**18):
-        assert kernels.rows_at_a_time(vocabulary, torch.float16) * vocabulary * 2 <= 2**28
+        for tokens in (1, 5000, 16384, 10**6):
+            taken = rows(tokens, vocabulary) * vocabulary * 2
+            assert taken <= max(2**28, min(2**30, tokens * vocabulary * 2 / 4))
+
+
+def test_chunks_are_chosen_by_the_tokens(monkeypatch):
+    monkeypatch.setattr(kernels, "_CHUNK_BYTES", 37 * 2 * 128)
+    seen, losses = [], kernels.losses
+    monkeypatch.setattr(kernels, "losses", lambda x, *rest, **more: (seen.append(len(x)), losses(x, *rest, **more)))
+    check_linear(arrays(HALF, (600,)), reduction="sum")
+    assert seen == [128] * 4 + [88]
 
 
 def test_the_same_bits_every_time():
