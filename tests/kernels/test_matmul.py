@@ -299,7 +299,9 @@ def test_gpt2s_gradients_are_split_to_fill_an_h100():
     h100 = Gpu(90, 132)
     assert all(matmul_tiles.splits(tiles, 128, h100) == 1 for tiles in (0, 132, 2358))
     assert matmul_tiles.splits(36, 0, h100) == 1
-    assert [matmul_tiles.splits(36, rows // 64, h100) for rows in (512, 8192, 65536)] == [1, 3, 11]
+    assert [matmul_tiles.splits(36, rows // 64, h100) for rows in (512, 8192, 65536)] == [1, 3, 7]
+    # Of 16384 rows: queries, keys and values, which fill 108 of 132 at once; and each half of the MLP.
+    assert [matmul_tiles.splits(tiles, 16384 // 64, h100) for tiles in (108, 144)] == [1, 4]
 
 
 @small
