@@ -119,6 +119,8 @@ def measure(
 
 def _workers(case: Case, folder: Path, compiled: bool, faults: dict[str, str]) -> dict[str, Worker]:
     made: dict[str, tuple] = {OURS: (Ours, folder, case.device, case.dtype)}
+    if case.device == "cuda":
+        made["ours, a graph"] = (Ours, folder, case.device, case.dtype, True)
     if installed("transformers"):
         made[_BASELINE] = (Transformers, folder, case.device, case.dtype)
         if compiled:

@@ -39,11 +39,11 @@ class Clock:
 
 
 class Ours:
-    """`lm.finetune`: the kernels on CUDA, plain torch on the CPU."""
+    """`lm.finetune`: the kernels on CUDA, plain torch on the CPU. graph: each pass as one CUDA graph."""
 
-    def __init__(self, folder: Path, device: str, dtype: str):
+    def __init__(self, folder: Path, device: str, dtype: str, graph: bool = False):
         self._lm = model.load(folder, device=device, dtype=dtype)
-        self._cuda = device == "cuda"
+        self._cuda, self._graph = device == "cuda", graph
 
     def train(self, rows: np.ndarray, batch: int, steps: int) -> Steps:
         """`steps` updates on rows (N, T) of token ids, `batch` of them at a time, in the order of seed 0."""
@@ -51,7 +51,7 @@ class Ours:
         self._lm.finetune(
             rows, batch_size=batch, context=rows.shape[1], epochs=1, max_steps=steps, validation=0.0, seed=0,
             learning_rate=RATE, schedule="constant", warmup=0, weight_decay=DECAY, betas=BETAS, clip=CLIP,
-            trackers=[clock], console=Console(quiet=True),
+            cuda_graph=self._graph, trackers=[clock], console=Console(quiet=True),
         )  # fmt: skip
         return Steps(clock.losses, clock.times[-1] - clock.times[0], _memory(self._cuda))
 

@@ -75,7 +75,7 @@ class GraphDecoder(Decoder):
         super().__init__(parameters, config, rows=rows, capacity=capacity, vocabulary=vocabulary)
         self.buckets = [*(1 << i for i in range((rows - 1).bit_length())), rows]
         self.capture_seconds = 0.0
-        self._capture = _CudaCapture(self._device.device) if capture is None else capture
+        self._capture = CudaCapture(self._device.device) if capture is None else capture
         self._graphs: dict[tuple, tuple[Callable[[], None], Any]] = {}
         self._prompts: dict[int, Any] = {}
 
@@ -156,7 +156,7 @@ def _variant(needed: Iterable[str]) -> tuple[str, ...]:
     return drawing + (PENALTY if "seen" in needed else ())
 
 
-class _CudaCapture:
+class CudaCapture:
     """`Capture` by torch, on one stream; the graphs share one pool of memory, as only one runs at a time."""
 
     def __init__(self, device: Any):

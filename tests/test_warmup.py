@@ -14,7 +14,7 @@ from model.graph import GraphDecoder
 @pytest.fixture
 def capturing(monkeypatch):
     monkeypatch.setattr(language_model, "can_capture", lambda *arguments: True)
-    monkeypatch.setattr("model.graph._CudaCapture", lambda device: replayed)
+    monkeypatch.setattr("model.graph.CudaCapture", lambda device: replayed)
 
 
 def test_steps_of_every_bucket_and_prompts_of_every_length_are_captured(capturing):

@@ -96,6 +96,9 @@ def finetune(
         bool, typer.Option("--fsdp", help="Under torchrun: each process keeps a part of the model (FSDP2).")
     ] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more work.")] = False,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="On CUDA, one launch a pass: for a host that is slower than its GPU.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16 or auto.")] = _D.dtype,
     tracker: Annotated[
@@ -144,6 +147,7 @@ def finetune(
         "save_every": save_every,
         "fsdp": fsdp,
         "recompute": recompute,
+        "cuda_graph": cuda_graph,
         "dtype": dtype,
     }
     Settings.of(options)  # before anything is loaded

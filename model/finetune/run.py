@@ -23,6 +23,7 @@ from model.finetune.settings import Settings
 from model.finetune.trackers import Tracker, check_trackers
 from model.finetune.train import Result, Trainer
 from model.finetune.trainable import select, table
+from model.graph import CudaCapture, is_capturable
 from model.on_disk import OnDisk
 from model.save import save
 
@@ -56,6 +57,8 @@ def finetune(
         array = next(iter(parameters.values()))
         device = array.device if isinstance(array, torch.Tensor) else torch.device("cpu")
     with joined(device) as world:
+        if settings.cuda_graph and (device.type != "cuda" or world.size > 1 or not is_capturable(lm.config)):
+            raise TrainingError("cuda_graph needs a model on CUDA, one process, and heads up to 256 wide")
         if settings.fsdp and world.size == 1:
             raise TrainingError("fsdp shards over several processes: start them with torchrun")
         out = None if out is None else Path(out)
@@ -98,6 +101,7 @@ def finetune(
             started=_started(lm, train, validation, settings, world),
             out=out,
             write=None if out is None else write,
+            capture=CudaCapture(device) if settings.cuda_graph else None,
         )
         found = checkpoint.newest(out) if resume and out is not None else None
         if found is not None:

@@ -17,7 +17,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `LanguageModel.finetune`, all of which decide the result, but for `max_time`.
+    """The options of `LanguageModel.finetune`, all of which decide the result, but for `max_time` and `cuda_graph`.
 
     Data:
         validation: the share of the documents that validates, 0 to below 1; where validation data is given, 0.
@@ -59,6 +59,8 @@ class Settings:
     Memory:
         fsdp: every process has a part of the parameters, gradients and moments; see `finetune.sharding`.
         recompute: compute each block again for its gradient in place of keeping what it needs.
+        cuda_graph: on CUDA, launch each pass as one CUDA graph, for a host that is slower than its GPU; for one
+            process, without accumulation and dropout. Not yet run on a GPU, and so not the default.
         dtype: of weights and activations: float32, float16 (with a loss scale), bfloat16; "auto": float32 on the
             CPU and the model's own on CUDA. Below float32 the exact weights are kept in float32 beside them.
     """
@@ -96,6 +98,7 @@ class Settings:
     keep_adapter: bool = False
     fsdp: bool = False
     recompute: bool = False
+    cuda_graph: bool = False
     dtype: str = "auto"
 
     @classmethod
@@ -126,6 +129,10 @@ class Settings:
             for name in ("lora_alpha", "lora_targets", "lora_rank_stabilized", "keep_adapter"):
                 if getattr(self, name) not in (None, False):
                     raise TrainingError(f"{name} is of adapters, and there are none: give lora_rank")
+        if self.cuda_graph and (self.accumulate > 1 or self.dropout or self.fsdp):
+            raise TrainingError(
+                "cuda_graph is for whole steps of one process: it goes without accumulate, dropout, fsdp"
+            )
         if self.optimizer == "muon" and (self.lora or self.fsdp):
             parts = "adapters are" if self.lora else "fsdp has"
             raise TrainingError(f"optimizer muon moves whole matrices, and {parts} parts of them: choose adamw")
@@ -194,7 +201,7 @@ class Settings:
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues, as JSON has it."""
         values = asdict(self)
-        del values["max_time"]
+        del values["max_time"], values["cuda_graph"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

@@ -23,8 +23,10 @@ from model.finetune.dropout import drawn
 from model.finetune.log import Log
 from model.finetune.modules import Network
 from model.finetune.optimizer import LossScale, Optimizer, clipping
+from model.finetune.replay import Replayed
 from model.finetune.settings import Settings
 from model.finetune.stop import Stop, asked_to_stop
+from model.graph import Capture
 from model.memory import peak_memory
 
 # So many gradients in a row that are not finite are no accident of the loss scale, which is below 1 by then.
@@ -83,6 +85,7 @@ class Trainer:
         out: where checkpoints go; None: nowhere.
         write: writes the network as it is: with the best weights or, without validation, the last, beside each
             checkpoint and at the end. Where it is sharded every rank calls it, else rank 0.
+        capture: what passes are captured by, to be replayed. None: they are launched kernel by kernel.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Trainer:
         started: Mapping[str, Any],
         out: Path | None = None,
         write: Callable[[], None] | None = None,
+        capture: Capture | None = None,
     ):
         self.network, self.train, self.validation, self.settings = network, train, validation, settings
         self.world, self.started, self.out, self.write = world, started, out, write
@@ -117,6 +121,7 @@ class Trainer:
         self.rates = settings.rates(self.steps)
         self.every = settings.evaluate_every or train.steps
         self.module = network if settings.fsdp else world.replicate(network)
+        self.graphs = None if capture is None else Replayed(capture)
         # Every rank has a part of what a checkpoint holds where it is sharded; else rank 0 has all.
         self.writers = world if settings.fsdp else World()
         self.writes = out is not None and (world.leads or settings.fsdp)
@@ -158,21 +163,29 @@ class Trainer:
         """
         numbers = self.train.of_step(step)
         targets = self.train.targets(numbers)
-        factor = self.scale.value / max(1, targets)
+        options = {"dtype": self.optimizer.first_moment.dtype, "device": self.device}
+        factor = torch.full((), self.scale.value / max(1, targets), **options)
         self.optimizer.zero()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         passes = list(self.train.passes(numbers, self.device))
         for place, batch in enumerate(passes):
+            if self.graphs is not None:
+                total += self.graphs(self._pass, *batch, factor)
+                continue
             # Gradients that torch adds up cross the network once, and are taken once.
             alone = place + 1 < len(passes) and self.optimizer.total is None
             silent = self.module.no_sync() if alone and hasattr(self.module, "no_sync") else nullcontext()
             with silent, self._drawn(step, place):
-                loss = self.module(*batch)
-                (loss * factor).backward()
-            if not alone:
-                self.optimizer.collect()
-            total += loss.detach()
+                total += self._pass(*batch, factor, taken=not alone)
         return total, targets
+
+    def _pass(self, tokens, targets, positions, documents, factor, *, taken: bool = True) -> torch.Tensor:
+        """The sum of the losses of a pass; `taken`: its gradient, and that of those before it, is the optimizer's."""
+        loss = self.module(tokens, targets, positions, documents)
+        (loss * factor).backward()
+        if taken:
+            self.optimizer.collect()
+        return loss.detach()
 
     def _drawn(self, step: int, place: int) -> AbstractContextManager:
         """Where a forward pass of a step draws what it drops."""
