@@ -57,7 +57,7 @@ def card(
 
 def listed_bandwidths() -> dict[str, float]:
     """Bytes a second of known GPUs, as measured by a device copy where it was, else by the data sheet."""
-    from gpukernels.compile_report.gpus import GPUS
+    from gpukernels.gpus import GPUS
 
     return {
         f"{gpu.name} ({gpu.bandwidth / 1e12:.2f} TB/s)"

@@ -56,6 +56,13 @@ def test_no_two_files_of_tests_share_a_name():
     assert sorted(names) == sorted(set(names))
 
 
+@pytest.mark.parametrize("path", files("gpukernels", "model", "bench"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_there(path):
+    """Of our own, also where a function imports it when it is called."""
+    ours = [ROOT / name.replace(".", "/") for name in imports(path) if top(name) in PACKAGES]
+    assert all(each.with_suffix(".py").is_file() or (each / "__init__.py").is_file() for each in ours)
+
+
 def test_the_reader_of_imports_sees_every_form(tmp_path, monkeypatch):
     package = tmp_path / "gpukernels"
     package.mkdir()
