@@ -17,7 +17,7 @@ demo: $(BASE)/.installed
 # Triton is told to interpret when it is imported, so the kernels' own tests are a session of their own.
 test: $(TEST)/.installed lint
 	@$(TEST)/bin/python -m pytest --numprocesses auto
-	@TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --numprocesses auto tests/kernels tests/test_autocast.py tests/test_registration.py
+	@TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --numprocesses auto tests/kernels tests/test_autocast.py tests/test_compiled_ops.py tests/test_registration.py
 
 lint: $(TEST)/.installed
 	@$(TEST)/bin/ruff check .

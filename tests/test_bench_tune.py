@@ -18,7 +18,7 @@ SIZES = {
     "rope": kernel_cases.rope(1, 8),
     "decode_attention": kernel_cases.decode_attention("GPT-2", 1, 1024),
     "embedding": kernel_cases.embedding(8),
-    "linear_cross_entropy": kernel_cases.linear_cross_entropy(2048),
+    "linear_cross_entropy": kernel_cases.linear_cross_entropy(4096),
     "adamw": kernel_cases.adamw("GPT-2", 10_000),
     "sample": kernel_cases.sample(1),
 }

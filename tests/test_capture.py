@@ -9,7 +9,7 @@ import torch
 from decoding import lively, replayed
 
 from model import language_model
-from model.graph import _CudaCapture
+from model.graph import CudaCapture
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_what_is_left_alone_is_not_collected_into_a_graph(cuda):
         del text, left
         return [[] for _ in range(2 * gc.get_threshold()[0])]  # so many that it has started by now, if it may
 
-    _CudaCapture(torch.device("cuda:0"))(step)
+    CudaCapture(torch.device("cuda:0"))(step)
     gc.collect()
     assert released == [False, False]
     assert gc.isenabled()
@@ -72,14 +72,14 @@ def test_after_a_capture_that_fails_garbage_is_collected(cuda):
             raise ValueError("no step")
 
     with pytest.raises(ValueError, match="no step"):
-        _CudaCapture(torch.device("cuda:0"))(step)
+        CudaCapture(torch.device("cuda:0"))(step)
     assert gc.isenabled()
 
 
 def test_a_decoder_is_given_back_when_its_work_has_ended(monkeypatch):
     """A row that ends by itself has been fed once more: the next call, on whichever stream, must not meet that step."""
     monkeypatch.setattr(language_model, "can_capture", lambda *arguments: True)
-    monkeypatch.setattr("model.graph._CudaCapture", lambda device: replayed)
+    monkeypatch.setattr("model.graph.CudaCapture", lambda device: replayed)
     lm, started, running = lively(torch.device("cpu")), 0, 0
     first, *others = lm.generate([3, 1, 4], max_new_tokens=9, temperature=1.0, seed=1).tokens
     lm.eos_token_ids = (next(token for token in others if token != first),)
