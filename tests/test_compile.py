@@ -68,6 +68,17 @@ def test_a_recording_refuses_an_unknown_gpu():
         record(lambda: None, capability=70)
 
 
+def test_gelu_in_the_epilogue_of_a_product_is_ten_instructions_an_element():
+    x, weight = meta(8192, 768, grad=False), meta(3072, 768, grad=False)
+    plain, gelu = (
+        record(lambda name=name: gpukernels.linear(x, weight, activation=name), capability=90)[0].compiled
+        for name in (None, "gelu_new")
+    )
+    elements = gelu.count("MUFU.EX2")  # of a thread
+    assert elements == 128 * 256 // (32 * gelu.num_warps)
+    assert len(gelu.listing) - len(plain.listing) <= 11 * elements
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["half", "single"])
 @pytest.mark.parametrize("width", [128, 256, 512, 768, 1024, 1600, 2048])
 def test_programs_of_a_norms_backward_pass_find_room_together(width, dtype):
