@@ -78,21 +78,18 @@ class Knob(NamedTuple):
         return [dict(zip(self.choices, each, strict=True)) for each in itertools.product(*self.choices.values())]
 
 
-def _norm_row(tile: Any) -> str:
-    more = f", {tile.per_multiprocessor}" if tile.per_multiprocessor else ""
-    return f"{tile.BLOCK_N}: ({tile.BLOCK_M}, {tile.num_warps}{more}),"
-
-
 def _attention_row(tile: Any) -> str:
     return f"{tile.BLOCK_D}: ({tile.BLOCK_M}, {tile.BLOCK_N}, {tile.num_warps}, {tile.num_stages}),"
 
 
 def _norms() -> list[Knob]:
-    forward = {"BLOCK_M": (1, 2, 4, 8), "num_warps": (2, 4, 8)}
-    backward = {"BLOCK_M": (1, 2, 4), "num_warps": (4, 8), "per_multiprocessor": (2, 4, 8)}
+    # Pieces of a row that a warp has to itself, and whole rows for several warps.
+    forward = {"BLOCK_M": (1, 2, 4, 8), "BLOCK_N": (256, 1024, 2048), "num_warps": (2, 4, 8)}
+    backward = {"BLOCK_M": (1, 2, 4), "BLOCK_N": (256, 1024, 2048), "num_warps": (4, 8)}
+    backward["per_multiprocessor"] = (1, 2, 3, 4)
     return [
-        Knob("norm", "norm_forward_tile", "forward", forward, _norm_row),
-        Knob("norm", "norm_backward_tile", "backward", backward, _norm_row),
+        Knob("norm", "norm_forward_tile", "forward", forward, repr),
+        Knob("norm", "norm_backward_tile", "backward", backward, repr),
     ]
 
 
@@ -113,7 +110,7 @@ def _products() -> list[Knob]:
 
 
 def _few_rows() -> list[Knob]:
-    choices = {"BLOCK_N": (8, 16), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)}
+    choices = {"BLOCK_N": (8, 16, 32), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)}
     return [Knob("few_rows", "few_rows_tile", "forward", choices, repr)]
 
 
@@ -123,7 +120,7 @@ def _pointwise() -> list[Knob]:
 
 
 def _losses() -> list[Knob]:
-    choices = {"BLOCK_V": (2048, 4096, 8192), "num_warps": (4, 8, 16)}
+    choices = {"BLOCK_V": (4096, 8192, 16384), "num_warps": (8, 16, 32)}
     return [Knob("loss", "_tile", direction, choices, repr) for direction in ("forward", "both")]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workloads import STEPS, WORKLOADS, meta
+from workloads import STEPS, WORKLOADS, backward, meta
 
 import gpukernels
 from gpukernels.compile_report import CHIPS, record, rows
@@ -66,6 +66,27 @@ def test_every_kernel_is_compiled():
 def test_a_recording_refuses_an_unknown_gpu():
     with pytest.raises(ValueError, match="capability must be one of 80, 89, 90, 100, got 70"):
         record(lambda: None, capability=70)
+
+
+def test_gelu_in_the_epilogue_of_a_product_is_ten_instructions_an_element():
+    x, weight = meta(8192, 768, grad=False), meta(3072, 768, grad=False)
+    plain, gelu = (
+        record(lambda name=name: gpukernels.linear(x, weight, activation=name), capability=90)[0].compiled
+        for name in (None, "gelu_new")
+    )
+    elements = gelu.count("MUFU.EX2")  # of a thread
+    assert elements == 128 * 256 // (32 * gelu.num_warps)
+    assert len(gelu.listing) - len(plain.listing) <= 11 * elements
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["half", "single"])
+@pytest.mark.parametrize("width", [128, 256, 512, 768, 1024, 1600, 2048])
+def test_programs_of_a_norms_backward_pass_find_room_together(width, dtype):
+    """They divide the rows evenly: what came late would take as long again."""
+    x, weight = meta(32768, width, dtype=dtype), meta(width, dtype=dtype)
+    launches = record(lambda: backward([gpukernels.layer_norm(x, weight, weight)], [x, weight]), capability=90)
+    (row,) = (row for row in rows(launches, 90) if row.kernel == "_norm_backward_kernel")
+    assert row.grid[0] <= row.resident_blocks * CHIPS[90].multiprocessors
 
 
 def test_recording_leaves_the_driver_as_it_was():

@@ -141,7 +141,7 @@ def test_old_keys_and_values_are_loaded_before_the_wait(capability):
     early = [name for name in listing[:wait] if name.startswith(("LDG", "STG", "ATOM"))]
     # The length; 64 keys and as many values of 128 bytes, 16 of them for each of 128 threads. All past the L1 cache.
     assert early == ["LDG.E.STRONG.GPU"] + ["LDG.E.128.STRONG.GPU"] * 8
-    assert wait < trigger
+    assert trigger < listing.index("LDG.E.STRONG.GPU")
 
 
 @pytest.mark.parametrize("vocabulary", [27, 50257])
@@ -188,12 +188,15 @@ def test_the_last_program_of_a_head_sees_what_the_others_have_stored(heads):
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "gpt2-xl"])
-def test_every_dependent_kernel_waits_before_it_stores_or_lets_the_next_one_start(preset):
+def test_every_dependent_kernel_waits_before_it_stores_and_behind_a_norm_lets_the_next_one_start(preset):
     launches = record(lambda: step(preset, "float16"), capability=90)
     waiting = {launch.compiled.cubin: launch for launch in launches if launch.arguments.get("DEPENDENT")}
-    assert len(waiting) == 5 + 1  # those of a layer, and the head
+    assert len(waiting) == 5 + 2  # those of a layer, the last norm, and the head
+    late = []
     for launch in waiting.values():
         listing = launch.compiled.listing
         (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
-        assert wait < trigger
         assert not any(name.startswith(("STG", "ATOM", "RED")) for name in listing[:wait]), launch.kernel
+        late += [launch.kernel] * (trigger > wait)
+    # QKV, up, and the norm in front of the head: what stands between two of them may run at once.
+    assert late == ["_few_rows_kernel", "_few_rows_kernel", "_norm_forward_kernel"]

@@ -22,9 +22,9 @@ def test_few_rows_are_one_binary_for_every_number_of_rows(capability, C):
 
 
 # Registers hold the weight in the order of a tensor core: no LDSM, which reads operands from shared memory. By
-# its shape: how many 16-byte loads the weight is for a thread, and products.
+# its shape: how many 16-byte loads the weight is for a thread, and products, of 8 columns and 16 of K each.
 HELD = [
-    (2304, 768, True, 2 * 3, 6),
+    (2304, 768, True, 2 * 3, 12),
     (768, 768, False, 3, 6),
     (768, 3072, False, 6, 12),
     (1600, 1600, False, 7, 14),
@@ -61,8 +61,8 @@ def test_a_dependent_kernel_has_its_weight_before_it_waits(capability, N, K, nor
     assert launch.compiled.spilled_bytes <= 16
     listing = launch.compiled.listing
     (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
-    assert wait < trigger
     loads = [i for i, name in enumerate(listing) if name.startswith("LDG.E.128")]
+    assert trigger > wait if norm else trigger < min(loads)
     assert len(loads) == plain.compiled.count("LDG.E.128")
     if launch.arguments["PASSES"] == 1:
         assert max(loads) < wait  # the weight and the norm's parameters; not one of them in the loop
@@ -71,3 +71,12 @@ def test_a_dependent_kernel_has_its_weight_before_it_waits(capability, N, K, nor
         assert launch.compiled.registers <= 128  # room for two programs
     copies = [i for i, name in enumerate(listing) if name.startswith("LDGSTS")]
     assert min(copies) > wait  # x
+    # Nothing between them waits for the weight, as copies of its registers would.
+    assert sum(name.startswith(("MOV", "IMAD.MOV")) for name in listing[wait : min(copies)]) <= 4
+
+
+@pytest.mark.parametrize(("N", "K"), [(768, 768), (768, 3072), (1024, 4096), (1600, 6400), (50304, 768)])
+def test_products_without_a_norm_leave_half_a_multiprocessor_to_the_next_kernel(N, K):
+    with dependent_launches():
+        (launch,) = record(lambda: few(1, N, K, norm=False), capability=90)
+    assert launch.compiled.registers * 32 * launch.compiled.num_warps <= 65536 // 2

@@ -17,7 +17,10 @@ whatever M and its neighbours are**. (The norm's sums are made by other lanes wh
 A piece of a warp's K is 32 elements: 16 bytes for each of four lanes. A tensor-core instruction wants other
 places, for each lane two elements here and two 8 further. But a sum may take its products in any order, if
 both factors do: `_operand` renames the places, and the weight goes from the load to the product without an
-exchange between lanes or through shared memory. The compile tests hold this.
+exchange between lanes or through shared memory. It is the second factor, of which an instruction takes two registers
+that neighbour as they were loaded. As the first one, of four registers of two rows, it would be copied together
+first: behind the wait, and so the next kernel and the rows of x would wait for the weight. The compile tests hold
+both.
 
 A K that is more than the registers hold is multiplied in passes, one part of the weight after the other: the next
 part is loaded before this one meets the rows, whose sums so far wait in float32 memory that no other program sees
@@ -27,7 +30,9 @@ programs would repeat, is a launch of its own.
 
 DEPENDENT (see `gpukernels.launches`): the weight (of passes, the first two), the bias and the norm's parameters are
 loaded before the wait: no kernel of a step writes them. x and the residual, which the kernels before wrote, are
-loaded behind it, and y is stored, when whoever reads what stood there has ended.
+loaded behind it, and y is stored, when whoever reads what stood there has ended. The next kernel may start at once,
+where there is a norm behind the wait. It can where its programs find registers beside these, of which they should
+have half a multiprocessor's at most.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred tuples)
@@ -50,10 +55,11 @@ class FewRowsTile(NamedTuple):
     fused: bool  # a norm is in the prologue
 
 
-# Bytes of one row of the weight that so many warps hold. Chosen from the compile report (spills of 16 bytes at
-# most on sm_80 to sm_100), not yet measured. 16 rows of the weight where that makes a program for each
-# multiprocessor, as for QKV and up, and 8 for the projection: so did the probes on an H100, 2026-11-22.
-_HELD = {8: 3328, 16: 10240}
+# Bytes of one row of the weight that so many warps hold, 16 of them with 64 registers a thread. Chosen from the
+# compile report (spills of 16 bytes at most on sm_80 to sm_100), not yet measured. 16 rows of the weight where that
+# makes a program for each multiprocessor, as for QKV and up, and 8 for the projection: so did the probes on an H100,
+# 2026-11-22.
+_HELD = {8: 3328, 16: 8192}
 # And of a pass, in 8 warps beside the next pass: with 128 registers a thread two programs find room.
 _PASS = 2048
 # A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
@@ -76,7 +82,7 @@ def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
         return FewRowsTile(BLOCK_N, 8, stages, 1, norm and cdiv(N, BLOCK_N) <= _NORMS * multiprocessors)
     if norm and itemsize == 4 and held <= _HELD_NORMED and cdiv(N, 8) <= 2 * _NORMS * multiprocessors:
         return FewRowsTile(8, 8, stages, 1, True)
-    if held <= _HELD[16] and cdiv(N, 8) <= multiprocessors:  # 16 warps have a multiprocessor to themselves
+    if held <= _HELD[16] and cdiv(N, 8) <= multiprocessors:
         return FewRowsTile(8, 16, 2 if itemsize == 2 else 1, 1, False)
     return FewRowsTile(8, 8, stages, cdiv(held, _PASS), False)
 
@@ -132,7 +138,7 @@ def load_weights(
     for piece in tl.static_range(FIRST, min(FIRST + PIECES, ALL)):
         weight = _piece(weight_ptr, k + piece * STEP, there, K, piece, WHOLE)
         weight_ptr += STEP * stride_wk
-        weights = weights + (_operand(weight.to(dtype), WARPS, HALVES),)
+        weights = weights + (tl.permute(_operand(weight.to(dtype), WARPS, HALVES), (0, 2, 1)),)
     return weights
 
 
@@ -156,9 +162,13 @@ def multiply_rows(
     x_ptr, residual_ptr, partial_ptr, y_ptr, weights, norm_weights, norm_biases, bias,
     k, col, M, N, stride_xm, stride_residual_m, eps,
     K: tl.constexpr, WARPS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, ALL: tl.constexpr,
-    CENTER: tl.constexpr, ACTIVATION: tl.constexpr,
+    CENTER: tl.constexpr, ACTIVATION: tl.constexpr, HOIST: tl.constexpr,
 ):  # fmt: skip
-    """All rows of x meet `weights`, pieces FIRST to FIRST + COUNT of ALL: into y at the last one, else into partial."""
+    """All rows of x meet `weights`, pieces FIRST to FIRST + COUNT of ALL: into y at the last one, else into partial.
+
+    HOIST: what is the same for all rows may be made in front of them, such as a norm's parameters in float32, which
+    take twice the registers.
+    """
     STEP: tl.constexpr = WARPS * 32
     WHOLE: tl.constexpr = K // STEP
     LAST: tl.constexpr = FIRST + COUNT == ALL
@@ -166,7 +176,7 @@ def multiply_rows(
     # Sums that do not wait for each other: tensor cores answer late.
     CHAINS: tl.constexpr = 1 if dtype == tl.float32 else min(4, 1 + COUNT // 3)
     row = tl.arange(0, 8)
-    for start in range(0, M, 8):
+    for start in tl.range(0, M, 8, disable_licm=not HOIST):
         m = tl.minimum(start + row, M - 1).to(tl.int64)
         pieces = ()
         for piece in tl.static_range(COUNT):
@@ -174,13 +184,13 @@ def multiply_rows(
             at_row = x_ptr + m[:, None, None] * stride_xm
             pieces = pieces + (_piece(at_row + at, at, None, K, FIRST + piece, WHOLE),)
         m = start + row.to(tl.int64)
-        mask = (col < N)[:, None] & (m < M)[None, :]
-        place = m[None, :] * N + col[:, None]
+        mask = (m < M)[:, None] & (col < N)[None, :]
+        place = m[:, None] * N + col[None, :]
         # Now: they come while the sums are made.
         if FIRST > 0:
             partial = tl.load(partial_ptr + place, mask, other=0.0)
         if LAST and residual_ptr is not None:
-            residual = tl.load(residual_ptr + m[None, :] * stride_residual_m + col[:, None], mask, other=0.0)
+            residual = tl.load(residual_ptr + m[:, None] * stride_residual_m + col[None, :], mask, other=0.0)
 
         if norm_weights is not None:
             if CENTER:
@@ -209,11 +219,11 @@ def multiply_rows(
                 if norm_biases is not None:
                     h += norm_biases[piece].to(tl.float32)
                 h = h.to(dtype)
-            h = tl.permute(_operand(h, WARPS, 1), (0, 2, 1))
+            h = _operand(h, WARPS, 1)
             if piece < CHAINS:
-                sums = sums + (tl.dot(weights[piece], h, input_precision="ieee"),)
+                sums = sums + (tl.dot(h, weights[piece], input_precision="ieee"),)
             else:
-                sums = sums[1:] + (tl.dot(weights[piece], h, sums[0], input_precision="ieee"),)
+                sums = sums[1:] + (tl.dot(h, weights[piece], sums[0], input_precision="ieee"),)
         acc = sums[0]
         for chain in tl.static_range(1, CHAINS):
             acc = tl.fma(sums[chain], 1.0, acc)  # a plain sum would be made one chain again
@@ -223,7 +233,7 @@ def multiply_rows(
             y += partial
         if LAST:
             if bias is not None:
-                y += bias[:, None]
+                y += bias[None, :]
             y = activate(y, ACTIVATION)
             if residual_ptr is not None:
                 y += residual.to(tl.float32)
@@ -250,6 +260,8 @@ def _few_rows_kernel(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile = tl.program_id(0)
 
+    if DEPENDENT and norm_weight_ptr is None:
+        tl.extra.cuda.gdc_launch_dependents()
     # Everything down to the wait is constant while a model runs.
     weight_ptr, k4 = weight_places(weight_ptr, tile, N, stride_wn, stride_wk, BLOCK_N, WARPS)
     weights = load_weights(weight_ptr, k4, None, stride_wk, K, 0, PIECES, WARPS, HALVES, dtype)
@@ -267,13 +279,14 @@ def _few_rows_kernel(
         bias = tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if norm_weight_ptr is not None:
+            tl.extra.cuda.gdc_launch_dependents()
 
     for each in tl.static_range(PASSES):
         multiply_rows(
             x_ptr, residual_ptr, partial_ptr, y_ptr, weights, norm_weights, norm_biases, bias,
             k, col, M, N, stride_xm, stride_residual_m, eps,
-            K, WARPS, each * PIECES, min(PIECES, ALL - each * PIECES), ALL, CENTER, ACTIVATION,
+            K, WARPS, each * PIECES, min(PIECES, ALL - each * PIECES), ALL, CENTER, ACTIVATION, norm_weight_ptr is None,
         )  # fmt: skip
         weights = following
         if each < PASSES - 1:
@@ -308,12 +321,13 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None)
     each = cdiv(pieces, tile.PASSES)
     passes = cdiv(pieces, each)
     partial = torch.empty((M, N), dtype=torch.float32, device=x.device) if passes > 1 else None
+    half = passes > 1 or (tile.num_warps == 16 and x.element_size() == 2)  # a multiprocessor's registers, at most
     _few_rows_kernel[(cdiv(N, tile.BLOCK_N),)](
         x, norm_weight, norm_bias, weight, bias, residual, partial, y,
         M, N, x.stride(0), weight.stride(0), weight.stride(1), 0 if residual is None else residual.stride(0), eps,
         K=K, BLOCK_N=tile.BLOCK_N, WARPS=tile.num_warps,
         PIECES=each, PASSES=passes, CENTER=center, ACTIVATION=activation,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=128 if passes > 1 else None,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=1024 // tile.num_warps if half else None,
         **dependent_launch(),
     )  # fmt: skip
     return y

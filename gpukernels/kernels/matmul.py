@@ -102,12 +102,11 @@ def _product_kernel(
 
 @triton.jit
 def _store_half(
-    acc, row, out_row, col, N, bias_ptr, residual_desc, z_desc, out_desc, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr
+    acc, row, out_row, col, N, bias, residual_desc, z_desc, out_desc, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     """The epilogue for WIDTH columns of a tile. Descriptors write nothing past the end."""
-    if bias_ptr is not None:
-        cols = col + tl.arange(0, WIDTH)
-        acc += tl.load(bias_ptr + cols, cols < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        acc += bias.to(tl.float32)[None, :]
     if z_desc is not None:
         z_desc.store([row, col], acc.to(z_desc.dtype))
     acc = activate(acc, ACTIVATION)
@@ -141,8 +140,14 @@ def _product_descriptor_kernel(
             acc = tl.dot(a, b, acc)
         left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
         out_row = row + part * tiles_m * BLOCK_M
-        _store_half(left, row, out_row, col, N, bias_ptr, residual_desc, z_desc, out_desc, HALF, ACTIVATION)
-        _store_half(right, row, out_row, col + HALF, N, bias_ptr, residual_desc, z_desc, out_desc, HALF, ACTIVATION)
+        bias_left = None
+        bias_right = None
+        if bias_ptr is not None:
+            cols = col + tl.arange(0, HALF)
+            bias_left = tl.load(bias_ptr + cols, cols < N, other=0.0)
+            bias_right = tl.load(bias_ptr + HALF + cols, HALF + cols < N, other=0.0)
+        _store_half(left, row, out_row, col, N, bias_left, residual_desc, z_desc, out_desc, HALF, ACTIVATION)
+        _store_half(right, row, out_row, col + HALF, N, bias_right, residual_desc, z_desc, out_desc, HALF, ACTIVATION)
 
 
 def product(a, b, *, bias=None, activation=None, residual=None, save_z=False, out_dtype=None, out=None):

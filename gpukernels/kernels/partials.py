@@ -40,9 +40,9 @@ def add_partials(partial: torch.Tensor, *outs: torch.Tensor, accumulate: bool = 
     _, P, width = partial.shape
     N = outs[0].numel()
     # Few rows are a matrix's parts, and wide; many rows are a vector's, and narrow: then threads share a column, and
-    # what takes time is loads that wait for one another. A norm's backward pass on an H100 leaves 1056 rows: five
-    # blocks one after the other, on 96 programs. Chosen from the compile report, not yet measured.
-    block_p, block_n = (1, 1024) if P <= FEW else (256, 16)
+    # the fewer columns a program has, the more programs there are to wait for the L2 cache at once. 8 are a sector's.
+    # Chosen from the compile report, not yet measured.
+    block_p, block_n = (1, 1024) if P <= FEW else (64, 32) if P <= 64 else (512, 8)
     _add_partials_kernel[(cdiv(N, block_n), len(outs))](
         partial, outs[0], outs[-1], P, N, width, BLOCK_P=block_p, BLOCK_N=block_n, ACCUMULATE=accumulate
     )

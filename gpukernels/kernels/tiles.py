@@ -8,42 +8,53 @@ import triton
 
 class NormTile(NamedTuple):
     BLOCK_M: int  # rows at a time
-    BLOCK_N: int  # columns at a time: the whole row, or less where a row is too wide for the registers
+    BLOCK_N: int  # columns of a piece
     num_warps: int
     per_multiprocessor: int = 0  # programs of the backward pass
+    whole: bool = True  # rows are in registers, in pieces; otherwise a loop goes through the pieces
 
 
-# Columns up to -> rows, warps (and programs per multiprocessor). 768 columns: probes on an H100,
-# 2026-11-22, at 2.55 and 1.68 TB/s. The others keep about as many values in a thread; chosen from the
-# compile report (no spills on sm_80 to sm_100), not yet measured.
-_NORM_FORWARD = {128: (16, 4), 256: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)}
+# Columns up to -> rows, warps (and programs per multiprocessor: of 16-bit rows, of float32). 768 columns and more keep
+# about as many values in a thread; chosen from the compile report (no spills on sm_80 to sm_100, and no more programs
+# than find room on an H100 together), not yet measured.
+_NORM_FORWARD = {128: (16, 4), 256: (8, 4), 2048: (4, 4), 4096: (1, 8), 16384: (1, 16)}
 _NORM_BACKWARD = {
-    128: (16, 4, 8),
-    256: (8, 4, 8),
-    512: (4, 4, 8),
-    1024: (2, 4, 8),
-    2048: (1, 4, 4),
-    4096: (1, 8, 2),
-    8192: (1, 16, 1),
+    128: (16, 4, 3, 3),
+    256: (8, 4, 3, 3),
+    512: (4, 4, 3, 3),
+    768: (4, 4, 2, 2),
+    1024: (2, 4, 3, 3),
+    2048: (1, 4, 3, 2),
+    4096: (1, 8, 2, 1),
+    8192: (1, 16, 1, 1),
 }
+# What a warp loads at a time. In pieces of so many bytes, to 2048 and 768 columns, each of 4 warps has rows of its own,
+# and adds up without the others: half the instructions of rows that warps share, which came to 2.55 and 1.68 TB/s at
+# 768 columns in probes on an H100, 2026-11-22. Chosen from the compile report, not yet measured.
+_PIECE = 512
 
 
 @functools.cache
-def norm_forward_tile(columns: int) -> NormTile:
-    return _norm_tile(_NORM_FORWARD, columns)
+def norm_forward_tile(columns: int, itemsize: int) -> NormTile:
+    return _norm_tile(_NORM_FORWARD, columns, itemsize, 2048)
 
 
 @functools.cache
-def norm_backward_tile(columns: int) -> NormTile:
-    return _norm_tile(_NORM_BACKWARD, columns)
+def norm_backward_tile(columns: int, itemsize: int) -> NormTile:
+    return _norm_tile(_NORM_BACKWARD, columns, itemsize, 768)
 
 
-def _norm_tile(table: dict, columns: int) -> NormTile:
-    for most, (rows, *rest) in table.items():
+def _norm_tile(table: dict, columns: int, itemsize: int, in_pieces: int) -> NormTile:
+    """in_pieces: columns up to which a warp has rows of its own."""
+    for most, (rows, warps, *programs) in table.items():
         if columns <= most:
-            return NormTile(rows, max(16, triton.next_power_of_2(columns)), *rest)
+            per_multiprocessor = programs[itemsize == 4] if programs else 0
+            block = max(16, triton.next_power_of_2(columns))
+            if columns <= in_pieces:
+                block = min(block, _PIECE // itemsize)
+            return NormTile(rows, block, warps, per_multiprocessor)
     # Wider than registers: a loop over pieces of 4096.
-    return NormTile(1, 4096, 8, 2)
+    return NormTile(1, 4096, 8, 2, whole=False)
 
 
 class AttentionTile(NamedTuple):

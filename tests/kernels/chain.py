@@ -1,8 +1,9 @@
 """What the kernels of interpreted launches touch, and whether dependent ones could overtake each other on a GPU.
 
-`gpukernels.launches` says what each may do: before its wait a kernel knows that all have ended but the one in front of
-it; behind it, that one too. What it reads before, it reads from the L2 cache: a multiprocessor's own may have a line
-from before. The interpreter runs one kernel after the other and shows no race, but it knows every address.
+`gpukernels.launches` says what each may do: behind its wait a kernel knows that all before have ended; before it, those
+that the last kernel in front which lets the next one start behind its own wait has waited for. What it reads before, it
+reads from the L2 cache: a multiprocessor's own may have a line from before. The interpreter runs one kernel after the
+other and shows no race, but it knows every address.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ class Touched:
     Attributes:
         reads, early, writes, early_writes: by program; early is before its wait.
         cached: of what is read early, what may come from the first-level cache.
-        waited: the programs that did.
+        waited: the programs that did. hasty: those that let the next kernel start before they did.
         handed_on: the bytes of HANDED_ON, first and one behind the last of each.
     """
 
@@ -34,6 +35,7 @@ class Touched:
         self.name, self.dependent, self.handed_on = name, dependent, handed_on
         self.reads, self.early, self.cached, self.writes, self.early_writes = (defaultdict(list) for _ in range(5))
         self.waited: set[tuple] = set()
+        self.hasty: set[tuple] = set()
 
     def add(self, kind: str, pointers, mask, *, cached: bool = False) -> None:
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -85,7 +87,8 @@ def chain() -> Iterator[list[Touched]]:
     launches: list[Touched] = []
     here: list[Touched] = []
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    atomic, call, wait = InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__, tl.extra.cuda.gdc_wait
+    atomic, call = InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__
+    wait, trigger = tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents
 
     def seen_load(self, pointers, mask, other, modifier, *rest):
         here[-1].add("reads", pointers, mask, cached=modifier != ir.CACHE_MODIFIER.CG)
@@ -109,33 +112,50 @@ def chain() -> Iterator[list[Touched]]:
         call(self, *arguments, **options)
         launches.append(here.pop())
 
+    def seen_trigger(_semantic=None):
+        program = tuple(interpreter_builder.grid_idx)
+        if program not in here[-1].waited:
+            here[-1].hasty.add(program)
+
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = seen_load, seen_store
     InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__ = seen_atomic, seen_call
     tl.extra.cuda.gdc_wait = lambda _semantic=None: here[-1].waited.add(tuple(interpreter_builder.grid_idx))
+    tl.extra.cuda.gdc_launch_dependents = seen_trigger
     try:
         with _Writes(launches):
             yield launches
     finally:
         InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-        InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__, tl.extra.cuda.gdc_wait = atomic, call, wait
+        InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__ = atomic, call
+        tl.extra.cuda.gdc_wait, tl.extra.cuda.gdc_launch_dependents = wait, trigger
 
 
 def faults(launches: Sequence[Touched]) -> list[str]:
     """What could go wrong on a GPU, where a dependent kernel starts beside the one in front of it."""
     found, changing = [], _union(launch.written for launch in launches)
-    for before, launch in zip([None, *launches], launches, strict=False):
+    for place, launch in enumerate(launches):
         if launch.dependent:
             if not launch.waited:
                 found.append(f"{launch.name} never waits: the next one starts beside what came before")
             if launch.early_writes:
                 found.append(f"{launch.name} writes before it has waited")
-            if before is not None and np.isin(_bytes(launch.early), before.written).any():
-                found.append(f"{launch.name} reads before its wait what {before.name} writes")
+            for before in _beside(launches[:place]):
+                if np.isin(_bytes(launch.early), before.written).any():
+                    found.append(f"{launch.name} reads before its wait what {before.name} writes")
             if np.isin(_bytes(launch.cached), changing).any():
                 found.append(f"{launch.name} reads before its wait, perhaps old lines of a cache, what changes")
         if _programs_race(launch):
             found.append(f"programs of {launch.name} touch what another one writes")
     return found
+
+
+def _beside(before: Sequence[Touched]) -> Iterator[Touched]:
+    """Of the launches before one, those that may still run when it starts, the last one first."""
+    for launch in reversed(before):
+        yield launch
+        # It started when all before had ended; or it let the next one start when it knew that they had.
+        if not launch.dependent or not launch.hasty:
+            return
 
 
 def _programs_race(launch: Touched) -> bool:

@@ -77,6 +77,20 @@ def test_a_product_in_passes_and_heads_that_share_keys(monkeypatch):
     assert faults(launches) == []
 
 
+def test_a_norm_by_itself_in_front_of_a_product(monkeypatch):
+    """As in front of a head that is too wide for a norm in every program."""
+    monkeypatch.setattr(few_rows, "_NORMS", 0)
+    x, weight = torch.randn(3, 64).half(), torch.randn(72, 64).half()
+    norm_weight, norm_bias = torch.randn(64).half(), torch.randn(64).half()
+    with chain() as launches, dependent_launches():
+        x = gpukernels.linear(x, weight[:64])
+        gpukernels.norm_linear(x, norm_weight, norm_bias, weight)
+    names = ["_few_rows_kernel", "_norm_forward_kernel", "_few_rows_kernel"]
+    assert [launch.name for launch in launches if launch.dependent] == names
+    assert [bool(launch.hasty) for launch in launches] == [True, False, True]
+    assert faults(launches) == []
+
+
 def test_what_is_read_too_early_is_found():
     """Lengths that are written right in front of attention, and a chain in which nobody waits."""
     q, cache, lengths = torch.randn(1, 1, 2, 16), torch.randn(1, 40, 2, 16), torch.tensor([36], dtype=torch.int32)
@@ -113,3 +127,15 @@ def test_what_changes_and_is_read_early_through_a_cache_is_found():
     assert faults([before, between, launch]) == [
         "kernel reads before its wait, perhaps old lines of a cache, what changes"
     ]
+
+
+def test_what_may_still_run_goes_back_to_a_kernel_that_waited_before_it_let_the_next_start():
+    writer, launch = Touched("writer"), Touched("kernel", dependent=True)
+    late, hasty = Touched("late", dependent=True), Touched("hasty", dependent=True)
+    writer.writes[(0,)].append(torch.arange(4).numpy())
+    launch.early[(0,)].append(torch.arange(4).numpy())
+    hasty.hasty.add((0,))
+    for each in (late, hasty, launch):
+        each.waited.add((0,))
+    assert faults([writer, late, hasty, launch]) == []
+    assert faults([late, writer, hasty, hasty, launch]) == ["kernel reads before its wait what writer writes"]

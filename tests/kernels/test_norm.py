@@ -12,8 +12,12 @@ from gpukernels.verify.layouts import LAYOUTS
 kinds = pytest.mark.parametrize("kind", KINDS, ids=ids)
 names = pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 
-# Rows of a program: 16 up to 128 columns, 2 at 768, 1 above 1024; wider than registers: 16384 forward, 8192 back.
-SHAPES = [(1, 1), (7,), (15, 3), (16, 16), (17, 33), (2, 3, 128), (5, 129), (3, 768), (2, 1025), (0, 5), (2, 0, 5)]
+# Rows of a program: 16 up to 128 columns, then 4 in pieces of 512 bytes, to 2048 columns forward and 768 back, where 2
+# follow and from 1025 on 1; wider than registers: 16384 forward, 8192 back.
+SHAPES = [
+    (1, 1), (7,), (15, 3), (16, 16), (17, 33), (2, 3, 128), (5, 129), (9, 600), (3, 768), (5, 769), (2, 1025), (0, 5),
+    (2, 0, 5),
+]  # fmt: skip
 WIDE = [(2, 8192), (3, 8193), (2, 16385)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -62,11 +66,10 @@ def test_any_strides(name, layout):
 
 
 @names
-def test_more_rows_than_programs_of_the_backward_pass(name):
-    # Three multiprocessors under the interpreter, with 8 programs of 16 rows each.
-    rows = 16 * 8 * 3 * 2 + 5
-    given = arrays(name, SINGLE, (rows, 5))
-    check_gradients(name, given, eps=1e-5)
+@pytest.mark.parametrize(("rows", "width"), [(16 * 3 * 3 * 2 + 5, 5), (4 * 2 * 3 * 2 + 5, 600), (1 * 3 * 8 + 1, 4096)])
+def test_more_rows_than_programs_of_the_backward_pass(name, rows, width):
+    # Three multiprocessors under the interpreter, with 3 programs of 16 rows each, or 2 of 4, or 1 of 1.
+    check_gradients(name, arrays(name, SINGLE, (rows, width)), eps=1e-5)
 
 
 @names
@@ -144,14 +147,15 @@ def test_a_weight_of_another_dtype_is_widened():
         check_gradients("layer_norm", given, eps=1e-5)
 
 
-FORWARD = [(tiles.norm_forward_tile, width) for width in tiles._NORM_FORWARD]
-BACKWARD = [(tiles.norm_backward_tile, width) for width in tiles._NORM_BACKWARD]
+TABLES = {tiles.norm_forward_tile: tiles._NORM_FORWARD, tiles.norm_backward_tile: tiles._NORM_BACKWARD}
 
 
-@pytest.mark.parametrize(("tile", "width"), FORWARD + BACKWARD)
+@pytest.mark.parametrize(("tile", "width"), [(tile, width) for tile, table in TABLES.items() for width in table])
 def test_at_each_step_of_the_tile_tables(tile, width):
-    assert tile(width)[1] == width
-    assert tile(width + 1)[1] > width or tile(width + 1) == tile(10**6)
+    table = TABLES[tile]
+    for itemsize in (2, 4):
+        assert tile(width, itemsize) != tile(width + 1, itemsize)
+        assert tile(width + 1, itemsize).whole == any(width < each for each in table)
     for columns in (width - 1, width):
         given = arrays("layer_norm", SINGLE, (2, columns))
         check("layer_norm", given)

@@ -33,9 +33,10 @@ keys, one program serves up to 16 of them with matrix products, so that keys and
 (Not in float32, which has no such products: there a group's heads find the keys in the L2 cache.)
 
 DEPENDENT (see `gpukernels.launches`): the length and the first block of old keys and values are loaded before the
-wait: the sampling kernel of the last step and this layer's attention then wrote them, long before the product in
-front of this kernel, the only one that may still run. Queries, the new key and value, which that product writes, and
-all stores stand behind the wait; programs without a share end at once, but each row has one that waits.
+wait: the sampling kernel of the last step and this layer's attention then wrote them, long before the norm in front
+of this kernel, and what may still run comes behind that. Queries, the new key and value, which the product in front
+writes, and all stores stand behind the wait; programs without a share end at once, but each row has one that waits.
+The next kernel may start at once.
 
 Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, arXiv 1805.02867.
 """
@@ -181,6 +182,8 @@ def _decode_head_kernel(
     BLOCK_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split of one query head."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     place, split = tl.program_id(0), tl.program_id(1)
     k_ptr, v_ptr, length, used, start, old, takes_new = find_split(
         new_k_ptr, k_ptr, v_ptr, lengths_ptr, place, split, Hkv, S, window,
@@ -193,7 +196,6 @@ def _decode_head_kernel(
             k = load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
             v = load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
             tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         attend_split(
             q_ptr, new_k_ptr, new_v_ptr, k_ptr, v_ptr, acc_ptr, stats_ptr, arrivals_ptr, out_ptr, k, v,
             place, split, tl.num_programs(1), length, used, start, old, takes_new, Hkv, scale,
@@ -212,6 +214,8 @@ def _decode_group_kernel(
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One split of up to BLOCK_G of the GROUP query heads that share a key-value head."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     row, kv_head = (tl.program_id(0) // Hkv).to(tl.int64), (tl.program_id(0) % Hkv).to(tl.int64)
     split = tl.program_id(1)
     length, used, start, stop = share_of(lengths_ptr, row, S, window, split, SPLITS, BLOCK_N)
@@ -236,7 +240,6 @@ def _decode_group_kernel(
             k = load_block(k_ptr, start, old, stride_ks, D, BLOCK_N, BLOCK_D, False)
             v = load_block(v_ptr, start, old, stride_vs, D, BLOCK_N, BLOCK_D, False)
             tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
             q = tl.load(q_pointers, mask, other=0.0)
             peak, total, acc = _attend_group(q, k, v, start, old, scale, peak, total, acc, BLOCK_N, False)
             block = start + BLOCK_N

@@ -39,7 +39,7 @@ def _multiply_tile(
         bias = tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)
     multiply_rows(
         x_ptr, residual_ptr, None, y_ptr, weights, norm_weights, norm_biases, bias,
-        k, col, M, N, K, N, eps, K, WARPS, 0, PIECES, PIECES, True, ACTIVATION,
+        k, col, M, N, K, N, eps, K, WARPS, 0, PIECES, PIECES, True, ACTIVATION, True,
     )  # fmt: skip
 
 
@@ -134,5 +134,8 @@ def norm_stage(
     """y = norm(x), (M, C), a row for each tile."""
     wait(counter_ptr, target)
     for row in range(tl.program_id(0), M, PROGRAMS):
-        norm_rows(x_ptr, None, weight_ptr, bias_ptr, y_ptr, None, None, None, row, M, C, C, 0, eps, 1, BLOCK_C, True)
+        norm_rows(
+            x_ptr, None, weight_ptr, bias_ptr, y_ptr, None, None, None, row, M, C, C, 0, eps,
+            1, BLOCK_C, 1, C // BLOCK_C, True, False,
+        )  # fmt: skip
     arrive(counter_ptr)
