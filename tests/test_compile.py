@@ -68,6 +68,16 @@ def test_a_recording_refuses_an_unknown_gpu():
         record(lambda: None, capability=70)
 
 
+@pytest.mark.parametrize("vocabulary", [50257, 50304, 128256])
+def test_two_rows_of_a_large_vocabulary_share_a_multiprocessor(vocabulary):
+    """And no more: what the first pass over a row has read, the second is to find in the L2 cache."""
+    logits = meta(8192, -(-vocabulary // 64) * 64, dtype=torch.bfloat16, grad=False)[:, :vocabulary]
+    targets = meta(8192, dtype=torch.int64, grad=False)
+    launches = record(lambda: gpukernels.cross_entropy_with_gradient(logits, targets), capability=90)
+    (row,) = (row for row in rows(launches, 90) if row.kernel == "_cross_entropy_kernel")
+    assert row.resident_blocks == 2
+
+
 def test_gelu_in_the_epilogue_of_a_product_is_ten_instructions_an_element():
     x, weight = meta(8192, 768, grad=False), meta(3072, 768, grad=False)
     plain, gelu = (
