@@ -117,7 +117,7 @@ def test_a_row_sums_its_launches():
     launches = record(twice, capability=80)
     (row,) = rows(launches, 80)
     costs = [cost(launch) for launch in launches]
-    assert (row.kernel, row.launches, row.constants) == ("_norm_forward_kernel", 2, "2x1024")
+    assert (row.kernel, row.launches, row.constants) == ("_norm_forward_kernel", 2, "4x256, PIECES=3, WHOLE=3")
     assert row.grid == launches[0].grid
     assert row.read == 2 * (1024 + 64 + 2) * 768
     assert row.written == sum(each.written for each in costs)
