@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from model.config import PRESETS, GPT2Config
 from model.device import WIDTHS
 from model.gpt2 import slots
+from model.gpt2_config import PRESETS, GPT2Config
 from model.memory import human
 
 

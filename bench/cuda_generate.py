@@ -15,7 +15,7 @@ import torch
 from bench.cost_card import step
 from bench.cuda_providers import NUMPY, OURS, Generate, Judge, judge, on_numpy, providers, random_model
 from bench.timing import Times, interleaved
-from model.config import GPT2Config
+from model.gpt2_config import GPT2Config
 
 Row = dict[str, Any]
 

@@ -13,10 +13,10 @@ import torch
 
 from bench.torch_decoder import TorchDecoder, again, cuda_graph
 from model import gpt2
-from model.config import GPT2Config
 from model.decoder import Decoder
 from model.device import NumpyDevice, TorchDevice
 from model.generate import Limits, Row, run
+from model.gpt2_config import GPT2Config
 from model.language_model import LanguageModel
 from model.parameters import Parameters
 from model.persistent import PersistentDecoder, why_not_persistent

@@ -29,6 +29,7 @@ from bench.report import machine, show, write_json
 from bench.timing import Times, interleaved
 from bench.worker import Worker
 from model.device import why_no_cuda
+from model.gpt2_config import PRESETS
 
 PROMPT, NEW, LONG = 64, 128, 512
 
@@ -70,8 +71,8 @@ def main(
 ) -> None:
     """Measure, print a table, and end with one line of JSON."""
     for name in preset or ():
-        if name not in model.PRESETS:
-            _refuse(f"{name!r} is not a preset: there are {', '.join(model.PRESETS)}")
+        if name not in PRESETS:
+            _refuse(f"{name!r} is not a preset: there are {', '.join(PRESETS)}")
     for file in (json_file, html):
         if file is not None and not file.absolute().parent.is_dir():
             _refuse(f"{file}: there is no folder {file.absolute().parent}")
@@ -84,7 +85,7 @@ def main(
         from bench.cost_card import listed_bandwidths
 
         stored = dtype or "float16"
-        show(f"A step in {stored}", *table(preset or model.PRESETS, stored, _CARD, listed_bandwidths()))
+        show(f"A step in {stored}", *table(preset or PRESETS, stored, _CARD, listed_bandwidths()))
         return
     missing = why_no_cuda() if device != "cpu" else "the CPU was asked for"
     if device == "cuda" and missing:
@@ -95,7 +96,7 @@ def main(
         try:
             cases = [Case.read(each) for each in case or ()]
             for each in cases:
-                each.check(model.PRESETS[name] for name in preset or ("gpt2",))
+                each.check(PRESETS[name] for name in preset or ("gpt2",))
         except ValueError as fault:
             _refuse(str(fault))
         if others is not None:
@@ -158,7 +159,7 @@ def _on_cuda(
         chosen = cases or (cuda_generate.CASES if number == 0 else (cuda_generate.SHORT,))
         options = {"device": here, "dtype": dtype, "rounds": rounds, "bandwidth": bandwidth, **runs}
         options["numpy"] = number == 0 and not cases
-        for rows in cuda_generate.measure(preset, model.PRESETS[preset], chosen, **options):
+        for rows in cuda_generate.measure(preset, PRESETS[preset], chosen, **options):
             document["rows"] += rows
             document["targets"] = generate_targets.compared(document["rows"], name)
             _keep(document, json_file)

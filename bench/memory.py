@@ -22,8 +22,8 @@ from bench.loading import Ours, Transformers
 from bench.providers import installed
 from bench.report import machine, show, write_json
 from bench.worker import Worker
-from model.config import PRESETS
 from model.device import choose_device
+from model.gpt2_config import PRESETS
 from model.memory import human, place_of, predict, weight_bytes
 from model.page import Page
 

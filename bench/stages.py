@@ -18,10 +18,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 
-import model
 from bench.report import machine, show
-from model.config import GPT2Config
 from model.device import DTYPES, WIDTHS, why_no_cuda
+from model.gpt2_config import PRESETS, GPT2Config
 
 LAYER = {"QKV": "_few", "attention": "_decode", "projection": "_few", "up": "_few", "down": "_few"}
 TAIL = {"_norm_forward_kernel": "last norm", "_few_rows_kernel": "head", "_sample_kernel": "sample"}
@@ -46,11 +45,11 @@ def main(
     persistent: Annotated[bool, typer.Option("--persistent", help="The step in one launch.")] = False,
 ) -> None:
     """Profile steps, print a table, and end with one line of JSON."""
-    if preset not in model.PRESETS:
-        _refuse(f"{preset!r} is not a preset: there are {', '.join(model.PRESETS)}")
+    if preset not in PRESETS:
+        _refuse(f"{preset!r} is not a preset: there are {', '.join(PRESETS)}")
     if dtype not in DTYPES:
         _refuse(f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
-    config = model.PRESETS[preset]
+    config = PRESETS[preset]
     if context + 2 * _STEPS > config.n_positions:
         _refuse(f"context must be {config.n_positions - 2 * _STEPS} at most: {2 * _STEPS} steps follow, got {context}")
     missing = why_no_cuda()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.config import GPT2Config
+from model.gpt2_config import GPT2Config
 
 #: Runs a function once, and gives what runs it again; the same memory each time.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]

@@ -6,7 +6,7 @@ lm = model.load("tiny-gpt2")
 print(lm.generate("And Moses said unto", max_new_tokens=40).text)
 """
 
-from model.config import PRESETS, GPT2Config
+from model.config import PRESETS, GPT2Config, LlamaConfig
 from model.errors import (
     CheckpointError,
     ConfigError,
@@ -40,6 +40,7 @@ __all__ = [
     "Generation",
     "HubError",
     "LanguageModel",
+    "LlamaConfig",
     "LoadNotice",
     "ModelError",
     "OutOfMemoryError",

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gpukernels.cast import FORMATS
-from model import gpt2
+from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_header, read_tensor
-from model.config import GPT2Config
+from model.config import Config
 from model.device import NumpyDevice
 from model.errors import CheckpointError
 from model.files import read_json
@@ -26,8 +26,8 @@ from model.save import replace_file, write_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
-_PREFIX = "base_model.model.transformer."
-_TENSOR = re.compile(r"base_model\.model\.(?:transformer\.)?(.+)\.lora_([AB])\.weight")
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 # Keys of PEFT's that do not change what an adapter computes; every other must be off.
 # fmt: off
@@ -53,9 +53,10 @@ class LowRank(NamedTuple):
         return np.float32(self.scale) * (self.b @ self.a)
 
 
-def products(config: GPT2Config) -> dict[str, Slot]:
+def products(config: Config) -> dict[str, Slot]:
     """The weights that an adapter can be of, by the layer's name ("blocks.0.qkv")."""
-    return {slot.name.removesuffix(".weight"): slot for slot in gpt2.slots(config) if slot.transposed}
+    slots = architecture(config).slots(config)
+    return {slot.name.removesuffix(".weight"): slot for slot in slots if slot.layered and len(slot.shape) == 2}
 
 
 def scale_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
@@ -65,7 +66,7 @@ def scale_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
 
 def write_adapter(
     folder: Path,
-    config: GPT2Config,
+    config: Config,
     adapters: Mapping[str, LowRank],
     *,
     alpha: float,
@@ -80,7 +81,7 @@ def write_adapter(
 
     Raises CheckpointError where the folder cannot be written.
     """
-    slots = products(config)
+    slots, prefix = products(config), architecture(config).PREFIX
     modules = {name: slots[name].source.removesuffix(".weight") for name in adapters}  # h.0.attn.c_attn
     kinds = sorted({module.split(".", 2)[2] for module in modules.values()})
     whole = len(modules) == len(kinds) * config.n_layer
@@ -93,16 +94,16 @@ def write_adapter(
         "use_rslora": rank_stabilized,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": True,  # transformers' Conv1D keeps (in, out)
+        "fan_in_fan_out": any(slots[name].transposed for name in adapters),  # transformers' Conv1D keeps (in, out)
         "init_lora_weights": True,
         "inference_mode": True,
         # Of all layers by the end of the name; else each by the whole of it.
-        "target_modules": kinds if whole else [f"transformer.{module}" for module in modules.values()],
+        "target_modules": kinds if whole else [f"{prefix}{module}" for module in modules.values()],
     }
     tensors = {}
     for name, adapter in adapters.items():
-        tensors[f"{_PREFIX}{modules[name]}.lora_A.weight"] = adapter.a
-        tensors[f"{_PREFIX}{modules[name]}.lora_B.weight"] = adapter.b
+        tensors[f"{_PREFIX}{prefix}{modules[name]}.lora_A.weight"] = adapter.a
+        tensors[f"{_PREFIX}{prefix}{modules[name]}.lora_B.weight"] = adapter.b
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
     def write(path: Path) -> None:
@@ -117,7 +118,7 @@ def write_adapter(
         raise CheckpointError(f"{fault.filename or folder}: cannot be written: {fault.strerror or fault}") from None
 
 
-def read_adapter(folder: Path, config: GPT2Config) -> dict[str, LowRank]:
+def read_adapter(folder: Path, config: Config) -> dict[str, LowRank]:
     """The adapters in a folder of PEFT's layout, by the layer's name.
 
     Raises CheckpointError where a file is missing or damaged, where an option of PEFT's asks for what is not
@@ -125,11 +126,12 @@ def read_adapter(folder: Path, config: GPT2Config) -> dict[str, LowRank]:
     """
     scale, rank = _read_config(folder / CONFIG_NAME)
     weights, slots = folder / WEIGHTS_NAME, {slot.source: name for name, slot in products(config).items()}
+    prefix = architecture(config).PREFIX
     found: dict[str, dict[str, TensorEntry]] = {}
     problems = []
     for entry in read_header(weights):
         match = _TENSOR.fullmatch(entry.name)
-        name = slots.get(f"{match[1]}.weight") if match else None
+        name = slots.get(f"{match[1].removeprefix(prefix)}.weight") if match else None
         if name is None:
             problems.append(f"{weights}: tensor {entry.name} is of no product of this model")
             continue

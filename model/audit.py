@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpukernels.cast import Losses, round_to
-from model import gpt2
-from model.config import GPT2Config
+from model.architecture import architecture
+from model.config import Config
 from model.device import Device, NumpyDevice
 from model.load import Filled, Plan, fill
 from model.memory import weight_bytes
@@ -88,11 +88,13 @@ def _audit(planned: Plan, device: Device, dtype: str) -> Audit:
     return Audit(dtype, filled.losses, _compared(before, after), runs, filled)
 
 
-def _logits(parameters: Parameters, config: GPT2Config, ids: np.ndarray) -> np.ndarray:
+def _logits(parameters: Parameters, config: Config, ids: np.ndarray) -> np.ndarray:
     device = parameters.device
     with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite are what is looked for
-        x = gpt2.hidden_states(parameters, config, device.indices(ids[None]), device.indices(np.arange(len(ids))[None]))
-        return device.to_host(gpt2.unembed(parameters, config, x))[0]
+        model = architecture(config)
+        positions = device.indices(np.arange(len(ids))[None])
+        x = model.hidden_states(parameters, config, device.indices(ids[None]), positions)
+        return device.to_host(model.unembed(parameters, config, x))[0]
 
 
 def _compared(before: np.ndarray, after: np.ndarray) -> LogitChange | None:

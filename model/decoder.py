@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from gpukernels import sample_embed
-from model import gpt2
+from model.architecture import architecture
 from model.cache import Cache
-from model.config import GPT2Config
+from model.config import Config
 from model.parameters import Parameters
 from model.sampling import Sampling, SamplingState
 
@@ -32,10 +32,10 @@ class Decoder:
     """
 
     def __init__(
-        self, parameters: Parameters, config: GPT2Config, *, rows: int, capacity: int, vocabulary: int | None = None
+        self, parameters: Parameters, config: Config, *, rows: int, capacity: int, vocabulary: int | None = None
     ):
         """vocabulary: ids from here on are never chosen; default all may be."""
-        self._parameters, self._config = parameters, config
+        self._parameters, self._config, self._model = parameters, config, architecture(config)
         self._device = parameters.device
         self.ahead = self._device.asynchronous
         self.lengths = [0] * rows
@@ -45,7 +45,7 @@ class Decoder:
             rows=rows,
             capacity=capacity,
             heads=config.n_head,
-            kv_heads=config.n_head,
+            kv_heads=config.kv_heads,
             width=config.head_width,
             dtype=parameters.activation_dtype,
         )
@@ -112,13 +112,13 @@ class Decoder:
             self._hold(row, self.lengths[row] + len(part))
             positions = device.indices([range(start + first, self.lengths[row])])
             x = self._read(row, device.indices([part]), positions, self.lengths[row])
-        return gpt2.unembed(self._parameters, self._config, x)
+        return self._model.unembed(self._parameters, self._config, x)
 
     def feed(self, tokens: Sequence[int]) -> Any:
         """Appends one given token to each of the first rows; returns their logits (n, V)."""
         rows, device = len(tokens), self._device
         positions = device.indices([[length] for length in self.lengths[:rows]])
-        self._x[:rows] = gpt2.embed(self._parameters, device.indices([[token] for token in tokens]), positions)
+        self._x[:rows] = self._model.embed(self._parameters, device.indices([[token] for token in tokens]), positions)
         for row in range(rows):
             self._hold(row, self.lengths[row] + 1)
         return self._logits(rows, max(self.lengths[:rows]))
@@ -133,8 +133,8 @@ class Decoder:
 
     def _read(self, row: int, ids: Any, positions: Any, extent: int) -> Any:
         """(1, C), behind the last of tokens (1, T) that row `row`'s length counts already."""
-        x = gpt2.embed(self._parameters, ids, positions)
-        x = gpt2.blocks(self._parameters, self._config, x, self.cache.rows(row, row + 1, extent), last_only=True)
+        x = self._model.embed(self._parameters, ids, positions)
+        x = self._model.blocks(self._parameters, self._config, x, self.cache.rows(row, row + 1, extent), last_only=True)
         return x[:, 0]
 
     def _step(self, rows: int, extent: int, names: Iterable[str]) -> Any:
@@ -142,8 +142,8 @@ class Decoder:
 
     def _logits(self, rows: int, extent: int) -> Any:
         """(n, V), behind the tokens that stand embedded in `_x`; the device's lengths count them already."""
-        x = gpt2.blocks(self._parameters, self._config, self._x[:rows], self.cache.rows(0, rows, extent))
-        return gpt2.unembed(self._parameters, self._config, x[:, 0])
+        x = self._model.blocks(self._parameters, self._config, self._x[:rows], self.cache.rows(0, rows, extent))
+        return self._model.unembed(self._parameters, self._config, x[:, 0])
 
     def _choose(self, logits: Any, start: int, stop: int, names: Iterable[str]) -> Any:
         """The next tokens of rows `start` to `stop`, which are ready for their step then.
@@ -155,7 +155,7 @@ class Decoder:
             logits[:, : self.sampling.vocabulary],
             lengths=self.cache.lengths[start:stop],
             weight=root["tokens.weight"],
-            position_weight=root["positions.weight"],
+            position_weight=root.get("positions.weight"),
             x=self._x[start:stop],
             **self.sampling.arrays(names, start, stop),
         )

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from model.config import GPT2Config
+from model.config import Config, read_config
 from model.device import Device, choose_device
 from model.errors import ModelError, OutOfMemoryError
 from model.load import fill, plan
@@ -71,7 +71,7 @@ def report(lm: Any, predicted: Ledger, *, measure: bool) -> MemoryReport:
     return MemoryReport(predicted, found, available(lm.parameters.device))
 
 
-def footprint(source: Path | GPT2Config, device: Device, predicted: Ledger) -> Footprint:
+def footprint(source: Path | Config, device: Device, predicted: Ledger) -> Footprint:
     """Measures in a new process what `predicted` is about.
 
     Args:
@@ -86,8 +86,8 @@ def footprint(source: Path | GPT2Config, device: Device, predicted: Ledger) -> F
     if predicted.place != "cuda" and not Path("/proc/self/status").exists():
         raise ModelError("resident memory is read from /proc, which this system has not: it cannot be measured")
     task = {
-        "source": None if isinstance(source, GPT2Config) else str(source),
-        "config": asdict(source) if isinstance(source, GPT2Config) else None,
+        "source": None if isinstance(source, Config) else str(source),
+        "config": source.to_json() if isinstance(source, Config) else None,
         "device": "torch" if predicted.place == "torch" else device.name,
         **{name: getattr(predicted, name) for name in ("dtype", "batch", "context")},
     }
@@ -133,7 +133,7 @@ def _measured(
         place = torch.device("cpu")
     meter = _Gpu(choose_device(place)) if device.startswith("cuda") else _Resident()
     if source is None:
-        lm = model.from_config(GPT2Config(**config), device=place, dtype=dtype)
+        lm = model.from_config(read_config(config)[0], device=place, dtype=dtype)
     else:
         planned = plan(Path(source))
         filled = fill(planned, choose_device(place), dtype)

@@ -8,8 +8,7 @@ each half of a block, one behind the last, learned positions, and the token tabl
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 
 from gpukernels import (
     cached_attention,
@@ -21,7 +20,8 @@ from gpukernels import (
     packed_attention,
 )
 from model.cache import Cache
-from model.config import ACTIVATIONS, GPT2Config
+from model.gpt2_config import ACTIVATIONS, GPT2Config
+from model.names import HEAD
 from model.parameters import Parameters, Slot
 
 # Our names of a block's layers -> the checkpoint's. The checkpoint's products are transformers'
@@ -36,10 +36,13 @@ _LAYERS = {
     "down": "mlp.c_proj",
 }
 
-# Buffers of old checkpoints: the causal mask and what it writes. Never attn.c_attn.bias.
-_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+#: Buffers of old checkpoints: the causal mask and what it writes. Never attn.c_attn.bias.
+BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
-_HEAD = "lm_head.weight"
+#: What transformers puts in front of every name but the head's, and what it calls the token table.
+PREFIX, TABLE = "transformer.", "wte.weight"
+
+NAME = "GPT-2"
 
 
 def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
@@ -50,7 +53,7 @@ def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
     width, hidden = config.n_embd, config.feed_forward_width
     # So many logits in a row that a GPU reads every row 16 bytes at a time.
     padded = -(-config.vocab_size // 64) * 64
-    yield Slot("tokens.weight", "wte.weight", (config.vocab_size, width), padded=padded)
+    yield Slot("tokens.weight", TABLE, (config.vocab_size, width), padded=padded)
     yield Slot("positions.weight", "wpe.weight", (config.n_positions, width))
     products = {
         "qkv": (3 * width, width),
@@ -67,35 +70,16 @@ def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
     yield Slot("norm.weight", "ln_f.weight", (width,))
     yield Slot("norm.bias", "ln_f.bias", (width,))
     if not config.tie_word_embeddings if head is None else head:
-        yield Slot("head.weight", _HEAD, (config.vocab_size, width), padded=padded)
+        yield Slot("head.weight", HEAD, (config.vocab_size, width), padded=padded)
 
 
-@dataclass
-class NameMap:
-    """What a checkpoint's tensor names come to: the base name of each, without wrappers' prefixes."""
+def live(config: GPT2Config) -> int:
+    """Numbers a token that live at once in the second half of a block, which is where most do.
 
-    names: dict[str, str] = field(default_factory=dict)  # base name -> name in the file
-    notices: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def map_names(names: Iterable[str]) -> NameMap:
-    """Strips `transformer.` and, with a notice, what torch's wrappers put in front; drops buffers."""
-    result, wrappers = NameMap(), set()
-    for name in names:
-        base = name
-        while base.startswith(("module.", "_orig_mod.", "transformer.")):
-            prefix, base = base.split(".", 1)
-            if prefix != "transformer":
-                wrappers.add(prefix + ".")
-        if _BUFFER.fullmatch(base):
-            continue
-        if base in result.names:
-            result.problems.append(f"tensor {base} is there twice, as {result.names[base]} and {name}")
-        result.names[base] = name
-    if wrappers:
-        result.notices.append(f"tensor names: the prefix {' and '.join(sorted(wrappers))} of a wrapper was removed")
-    return result
+    The block's input and what attention added to it, queries, keys and values, attention's result, the normed
+    input of the product, and the product. The only block of a model has just the last position there.
+    """
+    return 5 * config.n_embd if config.n_layer == 1 else 7 * config.n_embd + config.feed_forward_width
 
 
 def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions):
@@ -141,13 +125,15 @@ def block(
     cache: Cache | None = None,
     *,
     last_only: bool = False,
+    positions=None,
     documents=None,
     drop: Callable | None = None,
 ):
     """One block: x (B, T, C) -> (B, T, C), or (B, 1, C), from the parameters of that block alone.
 
-    `documents` (B, T), where there is no cache: tokens see those of their own run of equal numbers only. `drop` is
-    applied, in training, to what attention and what the MLP would add to the residual stream.
+    `positions` (B, T) are in x since it was embedded. `documents` (B, T), where there is no cache: tokens see those of
+    their own run of equal numbers only. `drop` is applied, in training, to what attention and what the MLP would add
+    to the residual stream.
     """
 
     def onto_stream(y, name):

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from gpukernels.launches import dependent_launches
-from model import gpt2
-from model.config import GPT2Config
+from model.config import Config
 from model.decoder import CHUNK, Decoder, Tokens
 from model.parameters import Parameters
 from model.sampling import DRAWING, FILTERS, PENALTY
@@ -44,13 +43,13 @@ def prompt_sizes(tokens: int, capacity: int) -> list[int]:
 _WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks the device for values
 
 
-def can_capture(parameters: Parameters, config: GPT2Config) -> bool:
+def can_capture(parameters: Parameters, config: Config) -> bool:
     """Whether a step of this model can be a graph: on CUDA, where every op of it is a kernel."""
     on_cuda = parameters.device.name.startswith("cuda")
     return on_cuda and importlib.util.find_spec("triton") is not None and is_capturable(config)
 
 
-def is_capturable(config: GPT2Config) -> bool:
+def is_capturable(config: Config) -> bool:
     """Whether it could be one on a machine that has what it takes."""
     return config.head_width <= _WIDEST
 
@@ -65,7 +64,7 @@ class GraphDecoder(Decoder):
     def __init__(
         self,
         parameters: Parameters,
-        config: GPT2Config,
+        config: Config,
         *,
         rows: int,
         capacity: int,
@@ -133,7 +132,9 @@ class GraphDecoder(Decoder):
 
     def _prompt_logits(self, row: int, prompt: Any) -> Any:
         """(1, V) behind a prompt: ids and positions, (2, T)."""
-        return gpt2.unembed(self._parameters, self._config, self._read(row, prompt[:1], prompt[1:], self.capacity))
+        return self._model.unembed(
+            self._parameters, self._config, self._read(row, prompt[:1], prompt[1:], self.capacity)
+        )
 
     def _graph(self, key: tuple, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         if key not in self._graphs:

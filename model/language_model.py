@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from model import gpt2
 from model.adapter import merge, read_adapter
-from model.config import GPT2Config
+from model.architecture import architecture
+from model.config import Config
+from model.contract import as_ids
 from model.decoder import Decoder
 from model.device import Device
 from model.errors import ContextError, ModelError
@@ -47,7 +48,7 @@ class LanguageModel:
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: Config,
         parameters: Parameters,
         *,
         tokenizer: Tokenizer | None = None,
@@ -58,7 +59,7 @@ class LanguageModel:
         filled: Filled | None = None,
     ):
         self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
-        self.eos_token_ids = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self.eos_token_ids = as_ids(config.eos_token_id) if eos_token_ids is None else tuple(eos_token_ids)
         self.notices, self.filled = list(notices), filled
         self._values, self._folder = values or {}, folder
         self._idle: GraphDecoder | None = None
@@ -89,8 +90,9 @@ class LanguageModel:
         needs = logits_needs(self.config, self.parameters.dtype, place_of(device), ids.size)
         with room_for(device, needs, f"logits of {ids.shape[0]} x {new} tokens", "give fewer rows, or shorter ones"):
             positions = device.indices(np.broadcast_to(np.arange(new), ids.shape))
-            x = gpt2.hidden_states(self.parameters, self.config, device.indices(ids), positions)
-            return device.to_host(gpt2.unembed(self.parameters, self.config, x))
+            model = architecture(self.config)
+            x = model.hidden_states(self.parameters, self.config, device.indices(ids), positions)
+            return device.to_host(model.unembed(self.parameters, self.config, x))
 
     def generate(
         self,

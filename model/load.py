@@ -16,13 +16,14 @@ from typing import BinaryIO
 import numpy as np
 
 from gpukernels.cast import FORMATS, Losses
-from model import gpt2
+from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_entries
-from model.config import GPT2Config, read_config
+from model.config import Config, read_config
 from model.device import Device
 from model.errors import CheckpointError, ModelError
 from model.files import read_json
 from model.host_upload import CHUNK
+from model.names import HEAD, map_names
 from model.parameters import Parameters, Slot
 
 #: The embedded model: 5.9 M parameters, trained on the King James Bible.
@@ -36,7 +37,7 @@ class Plan:
 
     source: Path  # the folder, or the .safetensors file
     values: dict  # config.json as it stands
-    config: GPT2Config
+    config: Config
     slots: list[Slot]
     entries: dict[str, TensorEntry]  # by slot name
     notices: list[str] = field(default_factory=list)
@@ -116,22 +117,23 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
         raise type(faults[0])([problem for fault in faults for problem in fault.problems])
     config, notices = config
 
-    names = gpt2.map_names(tensors)
+    model = architecture(config)
+    names = map_names(tensors, model.PREFIX, model.BUFFER)
     notices += names.notices
     by_base = {base: tensors[name] for base, name in names.names.items()}
-    head = by_base.get("lm_head.weight")
-    table = by_base.get("wte.weight")
+    head = by_base.get(HEAD)
+    table = by_base.get(model.TABLE)
     own_head = not config.tie_word_embeddings
     if head is not None and table is None and config.tie_word_embeddings:
-        by_base["wte.weight"] = by_base.pop("lm_head.weight")  # safetensors' save_model keeps one name of the two
+        by_base[model.TABLE] = by_base.pop(HEAD)  # safetensors' save_model keeps one name of the two
     elif head is not None and config.tie_word_embeddings:
         own_head = head.shape != table.shape or not (headers_only or _equal(head, table))
         if own_head:
-            notices.append("lm_head.weight differs from wte.weight although the config ties them: the file's is used")
+            notices.append(f"{HEAD} differs from {model.TABLE} although the config ties them: the file's is used")
         else:
-            del by_base["lm_head.weight"]
-    slots = list(gpt2.slots(config, head=own_head))
-    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base)
+            del by_base[HEAD]
+    slots = list(model.slots(config, head=own_head))
+    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base, model.NAME)
     if problems:
         raise CheckpointError(problems)
     return Plan(source, values, config, slots, {slot.name: by_base[slot.source] for slot in slots}, notices)
@@ -145,7 +147,7 @@ def _attempt(faults: list[ModelError], read: Callable, *arguments):
         faults.append(fault)
 
 
-def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[str]:
+def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry], kind: str) -> list[str]:
     """What is missing, unexpected, or of the wrong shape or dtype, a sentence each."""
     wanted = {slot.source: slot for slot in slots}
     missing = [
@@ -154,7 +156,7 @@ def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEn
         if name not in tensors
     ]
     unexpected = [
-        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this GPT-2 has no such parameter"
+        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this {kind} has no such parameter"
         for name, entry in tensors.items()
         if name not in wanted
     ]
@@ -280,7 +282,7 @@ def _read_exactly(file: BinaryIO, entry: TensorEntry, out: memoryview) -> None:
         out = out[count:]
 
 
-def fill_random(slots: Iterable[Slot], config: GPT2Config, device: Device, dtype: str, seed: int) -> Parameters:
+def fill_random(slots: Iterable[Slot], config: Config, device: Device, dtype: str, seed: int) -> Parameters:
     """Parameters as GPT-2 starts training: N(0, 0.02), the residual projections' over sqrt(2 L).
 
     Norm weights are 1, biases 0. A seed gives the same numbers on every device, rounded to `dtype`.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gpukernels.numbers import whole
-from model import gpt2
+from model.architecture import architecture
 from model.check import vocabulary_notices
-from model.config import PRESETS, GPT2Config, generation_eos, read_config
+from model.config import PRESETS, Config, generation_eos, read_config
 from model.device import Device, choose_device, choose_dtype
 from model.errors import ConfigError, LoadNotice, ModelError
 from model.language_model import LanguageModel
@@ -90,7 +90,7 @@ def load(
     )
 
 
-def from_config(config: str | GPT2Config, *, seed: int = 0, device: Any = "auto", dtype: Any = "auto") -> LanguageModel:
+def from_config(config: str | Config, *, seed: int = 0, device: Any = "auto", dtype: Any = "auto") -> LanguageModel:
     """A model with random weights: a preset's name ("gpt2-xl") or a config; no files, no network.
 
     The weights are drawn as GPT-2's were: N(0, 0.02), residual projections over sqrt(2 L). It has no
@@ -105,20 +105,20 @@ def from_config(config: str | GPT2Config, *, seed: int = 0, device: Any = "auto"
         if config not in PRESETS:
             raise ConfigError(f"{config!r} is not a preset: there are {', '.join(PRESETS)}")
         config = PRESETS[config]
-    if not isinstance(config, GPT2Config):
-        raise ConfigError(f"config must be a preset's name or a GPT2Config, got {config!r}")
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be a preset's name, a GPT2Config or a LlamaConfig, got {config!r}")
     read_config(config.to_json(), name)
     if seed is not None and not (whole(seed) and seed >= 0):
         raise ModelError(f"seed must be a whole number, 0 or more, got {seed!r}")
     place = choose_device(device)
     dtype = choose_dtype(dtype, place)
     with _room_for_weights(place, config, dtype, name):
-        parameters = fill_random(gpt2.slots(config), config, place, dtype, seed)
+        parameters = fill_random(architecture(config).slots(config), config, place, dtype, seed)
     return LanguageModel(config, parameters)
 
 
 def _room_for_weights(
-    place: Device, config: GPT2Config, dtype: str, name: str, *, head: bool | None = None
+    place: Device, config: Config, dtype: str, name: str, *, head: bool | None = None
 ) -> AbstractContextManager[None]:
     needs = {"weights": weight_bytes(config, dtype, head=head), "buffers": LOADING}
     half = "float16 takes half" if dtype == "float32" else "use a smaller model, or another device"

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from model import gpt2
-from model.config import GPT2Config
+from model.architecture import architecture
+from model.config import Config
 from model.decoder import CHUNK
 from model.device import WIDTHS, Device, NumpyDevice, sees_gpu
 from model.graph import is_capturable, prompt_sizes
@@ -108,18 +108,18 @@ def place_of(device: Device) -> Place:
     return "cuda" if device.name.startswith("cuda") else "torch"
 
 
-def parameter_count(config: GPT2Config, *, head: bool | None = None) -> int:
+def parameter_count(config: Config, *, head: bool | None = None) -> int:
     """How many numbers the model has; a tied output matrix counts once."""
-    return sum(slot.size for slot in gpt2.slots(config, head=head))
+    return sum(slot.size for slot in architecture(config).slots(config, head=head))
 
 
-def weight_bytes(config: GPT2Config, dtype: str, *, head: bool | None = None) -> int:
+def weight_bytes(config: Config, dtype: str, *, head: bool | None = None) -> int:
     """The bytes of the parameters' one allocation."""
-    return sum(padded_sizes(gpt2.slots(config, head=head))) * WIDTHS[dtype]
+    return sum(padded_sizes(architecture(config).slots(config, head=head))) * WIDTHS[dtype]
 
 
 def predict(
-    config: GPT2Config,
+    config: Config,
     dtype: str,
     place: Place,
     *,
@@ -141,8 +141,8 @@ def predict(
     tokens = max([min(context, CHUNK), *sizes])
     ledger = {
         "weights": weight_bytes(config, dtype, head=head),
-        "kv_cache": 2 * config.n_layer * batch * positions * config.n_embd * width,
-        "activations": max(tokens, batch) * _live(config) * width,
+        "kv_cache": 2 * config.n_layer * batch * positions * config.kv_heads * config.head_width * width,
+        "activations": max(tokens, batch) * architecture(config).live(config) * width,
         "logits": (batch + len(sizes)) * _vocabulary(config) * width,
     }
     workspace = slack = 0
@@ -155,7 +155,7 @@ def predict(
     return Ledger(place, dtype, batch, context, **ledger, workspace=workspace, slack=slack)
 
 
-def _host_workspace(config: GPT2Config, tokens: int, context: int, *, narrow: bool) -> int:
+def _host_workspace(config: Config, tokens: int, context: int, *, narrow: bool) -> int:
     """Of `tokens` rows of a prefill over `context` keys on the CPU; `narrow` weights are widened as they are used."""
     width, hidden = config.n_embd, config.feed_forward_width
     depth = hidden if hidden <= _BLAS_BLOCK else min(hidden // 2, _BLAS_BLOCK)
@@ -175,13 +175,13 @@ def _threads() -> int:
     return min(int(asked), os.cpu_count() or 1) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
 
 
-def logits_needs(config: GPT2Config, dtype: str, place: Place, tokens: int) -> dict[str, int]:
+def logits_needs(config: Config, dtype: str, place: Place, tokens: int) -> dict[str, int]:
     """What `LanguageModel.logits` takes, which computes all tokens at once."""
     width = 4 if place == "numpy" else WIDTHS[dtype]
     # What they are copied to on the way out: CUDA's without padding, torch's as float32.
     copied = {"numpy": 0, "torch": 4 if width < 4 else 0, "cuda": width}[place]
     needs = {
-        "activations": tokens * _live(config) * width,
+        "activations": tokens * architecture(config).live(config) * width,
         "logits": tokens * _vocabulary(config) * (width + copied),
     }
     if place != "cuda":
@@ -190,18 +190,9 @@ def logits_needs(config: GPT2Config, dtype: str, place: Place, tokens: int) -> d
     return needs
 
 
-def _vocabulary(config: GPT2Config) -> int:
+def _vocabulary(config: Config) -> int:
     """The numbers in a row of logits, padding counted."""
     return math.ceil(config.vocab_size / 64) * 64
-
-
-def _live(config: GPT2Config) -> int:
-    """Numbers a token that live at once in the second half of a block, which is where most do.
-
-    The block's input and what attention added to it, queries, keys and values, attention's result, the normed
-    input of the product, and the product. The only block of a model has just the last position there.
-    """
-    return 5 * config.n_embd if config.n_layer == 1 else 7 * config.n_embd + config.feed_forward_width
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:
@@ -216,7 +207,7 @@ def most(fits: Callable[[int], bool], limit: int) -> int:
 _MOST_ROWS = 2**20
 
 
-def largest(ledger: Ledger, config: GPT2Config, nbytes: int, *, head: bool | None = None) -> tuple[int, int]:
+def largest(ledger: Ledger, config: Config, nbytes: int, *, head: bool | None = None) -> tuple[int, int]:
     """What fits into so many bytes: the largest batch at the ledger's context, the longest context at its batch.
 
     0 where not even one does. A context ends where the model's positions do.

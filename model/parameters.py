@@ -1,5 +1,6 @@
 """A model's weights: one mapping of names to arrays, allocated once, grouped by block for the forward."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -17,10 +18,16 @@ class Slot:
     shape: tuple[int, ...]  # (out, in) for a product
     transposed: bool = False  # the checkpoint stores (in, out)
     padded: int | None = None  # rows of its memory, those behind the shape's zeros; default as many as it has
+    joined: str | None = None  # of slots one after the other with the same name here, which lie together in memory
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def layered(self) -> bool:
+        """Whether it is one of a block's."""
+        return self.name.startswith("blocks.")
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -36,7 +43,14 @@ _ALIGNMENT = 64  # elements: 128 bytes at least, what wide loads of any device a
 
 def padded_sizes(slots: Iterable[Slot]) -> list[int]:
     """Elements of memory that each parameter takes, its padding and what aligns the next one counted."""
-    return [-(-math.prod(slot.padded_shape) // _ALIGNMENT) * _ALIGNMENT for slot in slots]
+    sizes, start, slots = [], 0, list(slots)
+    for slot, behind in itertools.zip_longest(slots, slots[1:]):
+        stop = start + math.prod(slot.padded_shape)
+        if not (slot.joined and behind is not None and behind.joined == slot.joined):
+            stop = -(-stop // _ALIGNMENT) * _ALIGNMENT
+        sizes.append(stop - start)
+        start = stop
+    return sizes
 
 
 class Parameters(MutableMapping):
@@ -45,7 +59,8 @@ class Parameters(MutableMapping):
     Assigning copies into the parameter's own memory, which never moves; a value of another shape or
     dtype is refused, and so is a name that the model does not have. `root` holds what is outside the
     blocks and `blocks[i]` the slice of block i by its short names ("qkv.weight"): the same arrays.
-    `padded` has the tables of tokens once more, with rows of zeros behind the last.
+    `padded` has the tables of tokens once more, with rows of zeros behind the last; in `blocks`, what slots join
+    to is there too, as one array.
     """
 
     def __init__(self, slots: Iterable[Slot], device: Device, dtype: str):
@@ -63,7 +78,17 @@ class Parameters(MutableMapping):
                 memory[start + slot.size : start + size] = 0
                 self.padded[slot.name] = memory[start : start + math.prod(slot.padded_shape)].reshape(slot.padded_shape)
             self._arrays[slot.name], start = array, start + size
-        self.root, self.blocks = grouped(self._arrays.items())
+        self.root, self.blocks = grouped([*self._arrays.items(), *self._joined(memory, sizes)])
+
+    def _joined(self, memory: Any, sizes: list[int]) -> Iterator[tuple[str, Any]]:
+        """What the slots with the same `joined` are together: their rows, one below the other."""
+        starts = itertools.accumulate(sizes, initial=0)
+        placed = zip(self.slots.values(), starts, strict=False)
+        for name, group in itertools.groupby(placed, key=lambda each: each[0].joined):
+            if name is not None:
+                slots, (start, *_) = zip(*group, strict=True)
+                shape = (sum(slot.shape[0] for slot in slots), *slots[0].shape[1:])
+                yield name, memory[start : start + math.prod(shape)].reshape(shape)
 
     @property
     def count(self) -> int:

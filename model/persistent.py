@@ -12,7 +12,8 @@ A GPU whose run shows it equal and faster gets a row, with the date and the two 
 from collections.abc import Iterable
 from typing import Any
 
-from model.config import ACTIVATIONS, GPT2Config
+from model.config import Config
+from model.gpt2_config import ACTIVATIONS, GPT2Config
 from model.graph import GraphDecoder
 from model.parameters import Parameters
 
@@ -20,14 +21,16 @@ from model.parameters import Parameters
 FASTER: dict[str, str] = {}
 
 
-def why_not_persistent(parameters: Parameters, config: GPT2Config) -> str | None:
+def why_not_persistent(parameters: Parameters, config: Config) -> str | None:
     """Why this model has no persistent step on its device, or None if it has. Needs Triton."""
     from gpukernels.persistent import why_not
 
+    if not isinstance(config, GPT2Config):
+        return "there is one for GPT-2 only"
     return why_not(parameters.blocks, heads=config.n_head)
 
 
-def graph_decoder(parameters: Parameters, config: GPT2Config) -> type[GraphDecoder]:
+def graph_decoder(parameters: Parameters, config: Config) -> type[GraphDecoder]:
     """The captured decoder that is the faster one, as far as it was measured, for a model on CUDA."""
     if not FASTER:
         return GraphDecoder
@@ -44,7 +47,7 @@ class PersistentDecoder(GraphDecoder):
         ValueError: `why_not_persistent` has a reason.
     """
 
-    def __init__(self, parameters: Parameters, config: GPT2Config, **options: Any):
+    def __init__(self, parameters: Parameters, config: Config, **options: Any):
         """options: those of `GraphDecoder`."""
         from gpukernels.persistent import MOST_ROWS, PersistentStep
 

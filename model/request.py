@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpukernels.numbers import whole
-from model.config import GPT2Config
+from model.config import Config
 from model.errors import ModelError, TokenizerError
 from model.generate import OVERFLOWS, Limits, Row
 from model.sampling import Sampling
@@ -28,7 +28,7 @@ class Request:
 
 def read_request(
     prompt: Any,
-    config: GPT2Config,
+    config: Config,
     tokenizer: Tokenizer | None,
     *,
     eos: Sequence[int],
@@ -113,7 +113,7 @@ def _streams(seed: Any, count: int) -> list[tuple[int, int]]:
     return [(int(each), stream) for each, stream in streams]  # NumPy's would overflow, and are no JSON
 
 
-def _prompts(prompt: Any, config: GPT2Config, tokenizer: Tokenizer | None) -> tuple[list[list[int]], bool]:
+def _prompts(prompt: Any, config: Config, tokenizer: Tokenizer | None) -> tuple[list[list[int]], bool]:
     """Token ids of every prompt, and whether there was just one."""
 
     def encode(text: str) -> list[int]:

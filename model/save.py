@@ -10,11 +10,13 @@ from typing import Any
 
 from safetensors import safe_open
 
+from model.architecture import architecture
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME
-from model.config import GPT2Config
+from model.config import Config
 from model.device import WIDTHS, Device
 from model.errors import CheckpointError
 from model.files import read_json
+from model.names import HEAD
 from model.parameters import Parameters, Slot
 from model.tokenizer import Tokenizer
 
@@ -36,7 +38,7 @@ _BESIDE = (
 
 def save(
     target: Path,
-    config: GPT2Config,
+    config: Config,
     parameters: Parameters,
     *,
     values: dict[str, Any],
@@ -83,7 +85,7 @@ def save(
                 (place / name).unlink(missing_ok=True)
         if tokenizer is not None and (folder is None or not (folder / "tokenizer.json").is_file()):
             replace_file(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
-        replace_file(weights, lambda path: _write_weights(path, parameters, device))
+        replace_file(weights, lambda path: _write_weights(path, architecture(config).PREFIX, parameters, device))
         if not single:
             # transformers prefers the single file, but other readers may take an older index first.
             (place / INDEX_NAME).unlink(missing_ok=True)
@@ -104,7 +106,7 @@ def _checked(target: Path) -> Path:
     return target
 
 
-def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, Any]) -> dict[str, Any]:
+def _config_json(config: Config, parameters: Parameters, values: dict[str, Any]) -> dict[str, Any]:
     document = {**values, **config.to_json(), "dtype": parameters.dtype}
     if "torch_dtype" in values:
         document["torch_dtype"] = parameters.dtype
@@ -113,9 +115,9 @@ def _config_json(config: GPT2Config, parameters: Parameters, values: dict[str, A
     return document
 
 
-def _write_weights(path: Path, parameters: Parameters, device: Device) -> None:
+def _write_weights(path: Path, prefix: str, parameters: Parameters, device: Device) -> None:
     def name(slot: Slot) -> str:
-        return slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
+        return slot.source if slot.source == HEAD else f"{prefix}{slot.source}"
 
     slots = {name(slot): slot for slot in parameters.slots.values()}
 

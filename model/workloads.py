@@ -24,9 +24,9 @@ from gpukernels import (
 )
 from gpukernels.launches import dependent_launches
 from model import gpt2
-from model.config import PRESETS, GPT2Config
 from model.decoder import Decoder
 from model.device import TorchDevice
+from model.gpt2_config import PRESETS, GPT2Config
 from model.parameters import Parameters
 from model.persistent import PersistentDecoder, why_not_persistent
 from model.sampling import DRAWING, FILTERS

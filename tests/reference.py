@@ -1,4 +1,4 @@
-"""Random GPT-2 checkpoints written by transformers, and what transformers computes from them.
+"""Random checkpoints written by transformers, and what transformers computes from them.
 
 The judge runs a checkpoint twice: in float32, as a user of transformers would, and in float64, which
 stands for the truth. Logits agree if they are within max(1e-4, 2 d) of both, d being the largest
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import reference_llama
 import torch
 import transformers
 from safetensors.torch import load_file, save_file, save_model
@@ -81,10 +82,12 @@ CONFIGS: dict[str, dict] = {
     "1 layer": {"n_layer": 1},
     "5 layers": {"n_layer": 5},
     "1 head": {"n_head": 1, "n_embd": 29},
+    **reference_llama.CONFIGS,
 }
 
 #: The nearest configuration with the same weights that a runtime which overlooked a key would compute.
 OVERLOOKED: dict[str, dict] = {
+    **reference_llama.OVERLOOKED,
     **{
         f"activation {name}": {"activation_function": "gelu" if name.startswith("gelu_") else "gelu_new"}
         for name in _ACTIVATIONS
@@ -98,7 +101,7 @@ OVERLOOKED: dict[str, dict] = {
 }
 
 
-def build(name: str, **changes) -> transformers.GPT2LMHeadModel:
+def build(name: str, **changes) -> transformers.PreTrainedModel:
     """The model of a configuration, with weights in which no mistake can hide.
 
     transformers' own start (0.02, biases 0, norms 1) leaves every score and logit near 0. Here a product
@@ -107,6 +110,8 @@ def build(name: str, **changes) -> transformers.GPT2LMHeadModel:
     counts, and positions outweigh tokens, which keeps greedy paths from running in circles. Tables that are
     not the head too are near GPT-2's 0.02: an epsilon shows only beside small variances.
     """
+    if name in reference_llama.CONFIGS:
+        return reference_llama.build(name, **changes)
     config = transformers.GPT2Config(**{**_BASE, **CONFIGS[name], **changes})
     built = transformers.GPT2LMHeadModel(config).eval()
     random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -125,15 +130,15 @@ def build(name: str, **changes) -> transformers.GPT2LMHeadModel:
     return built
 
 
-def from_pretrained(folder: Path, **options) -> transformers.GPT2LMHeadModel:
+def from_pretrained(folder: Path, **options) -> transformers.PreTrainedModel:
     """The checkpoint as transformers loads it, in float32.
 
     transformers honours `reorder_and_upcast_attn` in its eager attention only.
     """
-    if transformers.GPT2Config.from_pretrained(folder).reorder_and_upcast_attn:
+    if read_config(folder).get("reorder_and_upcast_attn"):
         options["attn_implementation"] = "eager"
     options.setdefault("dtype", torch.float32)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -246,7 +251,7 @@ class Judge:
     """transformers, running one checkpoint in float32 and in float64."""
 
     def __init__(
-        self, folder: Path, *, weights: transformers.GPT2LMHeadModel | None = None, text: list[int] | None = None
+        self, folder: Path, *, weights: transformers.PreTrainedModel | None = None, text: list[int] | None = None
     ):
         """
         Args:
@@ -258,16 +263,21 @@ class Judge:
         self.config = self.float32.config
         self.float64 = copy.deepcopy(self.float32).double()
         self.float64.set_attn_implementation("eager")
-        for block in self.float64.transformer.h:
-            # It casts to float32, which would be a step down here.
+        # What casts to float32 would be a step down here.
+        reference_llama.widen(self.float64)
+        for block in self.float64.transformer.h if isinstance(self.config, transformers.GPT2Config) else ():
             block.attn.reorder_and_upcast_attn = False
         self.expected = functools.cache(lambda batch, new: self.run(self.draw(batch, new)))
         self.greedy = functools.cache(self._greedy)
 
     @property
+    def positions(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
     def windows(self) -> list[tuple[int, int]]:
         """Shapes (B, T): one row and three, of one token, of half the positions, and of all."""
-        most = self.config.n_positions
+        most = self.positions
         return sorted({(1, 1), (3, 1), (1, (most + 1) // 2), (3, most)})
 
     def draw(self, batch: int, new: int, seed: int = 0) -> np.ndarray:
@@ -295,7 +305,7 @@ class Judge:
         The first of some prompts whose path rounding cannot turn: at every step float64's best token leads
         the second by `_MARGIN`. And it must not be too dull to tell anything: 8 different tokens or more.
         """
-        new = min(NEW_TOKENS, self.config.n_positions - length)
+        new = min(NEW_TOKENS, self.positions - length)
         for seed in range(40):
             prompt = self.draw(1, length, seed)[0].tolist()
             path = self.generate(prompt, new)

@@ -1,4 +1,4 @@
-"""GPT-2 against Hugging Face transformers: the same logits and tokens, from and to the same files.
+"""GPT-2, LLaMA and Mistral against Hugging Face transformers: the same logits and tokens, from and to the same files.
 
 `reference` says what agreeing means and where the checkpoints come from.
 """
@@ -26,6 +26,8 @@ from model.decoder import Decoder
 
 BUNDLED = "tiny-gpt2"
 BUNDLED_FOLDER = Path(model.__file__).parent / "bundled" / BUNDLED
+
+SAVED_LLAMAS = ("llama, llama3", "llama, tied", "mistral, window 7")
 
 paths = pytest.mark.parametrize("path", PATHS)
 
@@ -114,7 +116,7 @@ def test_greedy_tokens_are_transformers(judge, name, path):
 
 
 @paths
-@pytest.mark.parametrize("name", ["default", "unscaled by layer", BUNDLED])
+@pytest.mark.parametrize("name", ["default", "unscaled by layer", "llama", "mistral, window 7", BUNDLED])
 def test_prompts_of_several_lengths_get_the_tokens_that_each_gets_alone(judge, name, path):
     """Five prompts in three rows, so that two of them wait for rows that others leave."""
     prompts, wanted = zip(*(judge(name).greedy(length) for length in (16, 1, 9, 2, 5)), strict=True)
@@ -192,14 +194,16 @@ def test_a_head_that_differs_from_a_tied_table_is_used_as_transformers_does(two_
 
 @paths
 @pytest.mark.parametrize("single", [False, True], ids=["folder", "file"])
-@pytest.mark.parametrize("name", ["dropout", "untied odd", "large matrices", BUNDLED])
+@pytest.mark.parametrize("name", ["dropout", "untied odd", "large matrices", *SAVED_LLAMAS, BUNDLED])
 def test_transformers_and_we_read_what_save_writes(judge, tmp_path, name, single, path):
     lm, folder = load(judge(name).folder, path), tmp_path / "saved"
     for _ in range(2):  # over itself too
         lm.save(folder / "model.safetensors" if single else folder)
     with safe_open(folder / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
-    assert read_config(folder) == read_config(judge(name).folder) | {"dtype": "float32"}
+    before, saved = read_config(judge(name).folder), read_config(folder)
+    assert {key: saved[key] for key in before} == before | {"dtype": "float32"}
+    assert model.load(folder, device=PATHS[path]).config == lm.config
     reference.same_weights(from_pretrained(folder), judge(name).float32)
     expected = judge(name).expected(1, 40)
     expected.check(Judge(folder).run(expected.ids).theirs)

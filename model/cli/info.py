@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from model import gpt2
+from model.architecture import architecture
 from model.cli.options import CacheDir, Json, Local, Model, Refresh, Revision
 from model.cli.outline import outlined
 from model.config import PRESETS
@@ -29,7 +29,7 @@ def info(
     """Show config, parameters, and memory of MODEL; a preset (gpt2, gpt2-medium, ...) needs no files."""
     if model in PRESETS and not Path(model).exists():
         config, source, stored, notices = PRESETS[model], "preset", None, []
-        slots = list(gpt2.slots(config))
+        slots = list(architecture(config).slots(config))
     else:
         cache = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "refresh": refresh}
         with outlined(model, **cache) as (path, named):

@@ -13,10 +13,11 @@ from rich.table import Table
 from gpukernels.gpus import gpu_named
 from model.cli.options import CacheDir, Json, Local, Refresh, Revision
 from model.cli.outline import outlined
-from model.config import PRESETS, GPT2Config
+from model.config import PRESETS, Config
 from model.device import DTYPES, choose_device, choose_dtype
 from model.errors import ContextError, DeviceError, ModelError
 from model.footprint import Footprint, footprint
+from model.gpt2_config import PRESETS as GPT2_PRESETS
 from model.load import plan
 from model.memory import CONTEXT_ALLOWANCE, Ledger, human, largest, parameter_count, place_of, predict
 from model.room import available
@@ -29,9 +30,9 @@ class _Subject:
     """A model that is asked about."""
 
     name: str
-    config: GPT2Config
+    config: Config
     head: bool | None  # an output matrix of its own
-    source: Path | GPT2Config  # what is measured
+    source: Path | Config  # what is measured
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def memory(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="A preset (gpt2, gpt2-medium, ...), a folder, a file, or a name on the Hub; default all presets.",
+            help="A preset (gpt2, gpt2-medium, ...), a folder, a file, a name on the Hub; default GPT-2 small to XL.",
             show_default=False,
         ),
     ] = None,
@@ -96,7 +97,7 @@ def memory(
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "refresh": refresh}
     if measure is None:
         measure = gpu is None and len(models or ()) == 1
-    subjects = [_subject(name, options, weights=measure) for name in models or PRESETS]
+    subjects = [_subject(name, options, weights=measure) for name in models or GPT2_PRESETS]
     for subject in subjects:
         if context is not None and not 1 <= context <= subject.config.n_positions:
             raise ContextError(

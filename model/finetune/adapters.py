@@ -1,7 +1,7 @@
 """Low-rank adapters while they train: torch parameters beside the frozen weights.
 
 A layer's adapter makes the weight that its product uses, W + scale b a, anew in every step. So the forward pass
-is `model.gpt2`'s own, through every fused kernel, and what trains is exactly what is merged and served. The
+is the architecture's own, through every fused kernel, and what trains is exactly what is merged and served. The
 other way, x W^T + scale (x a^T) b^T, would save the product of dW (a third of an adapted layer's work) but needs
 products of its own between the norm, the bias and the activation, and a second forward pass. What this way takes:
 2 r multiply-adds for each number of W, whatever the number of tokens; and one copy of each adapted weight from

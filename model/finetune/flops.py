@@ -1,7 +1,7 @@
 """How much a training step computes, and how much a GPU could."""
 
 from gpukernels.gpus import GPUS
-from model.config import GPT2Config
+from model.config import Config
 from model.memory import parameter_count
 
 # What torch calls a GPU -> its data sheet in `gpukernels.gpus`. The PCIe and NVL forms of an H100 have
@@ -17,13 +17,13 @@ _NAMES = {
 }
 
 
-def flops_per_token(config: GPT2Config, context: int) -> float:
+def flops_per_token(config: Config, context: int) -> float:
     """Operations of forward and backward for one token in a window of `context`: 6 N + 6 L C T.
 
     A multiply-add is two. N is every parameter, the token table as the output matrix; attention's two products
     see half a window on average, and three passes make 6. As in llm.c; recomputation does not count.
     """
-    return 6.0 * parameter_count(config) + 6.0 * config.n_layer * config.n_embd * context
+    return 6.0 * parameter_count(config) + 6.0 * config.n_layer * config.n_head * config.head_width * context
 
 
 def peak_flops(name: str, dtype: str) -> float | None:

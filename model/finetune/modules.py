@@ -1,6 +1,6 @@
 """The model as torch modules, which checkpointing, DistributedDataParallel and FSDP2 ask for.
 
-Nothing is computed here: a module holds its slice of the parameters and calls `model.gpt2` with it.
+Nothing is computed here: a module holds its slice of the parameters and calls its architecture with it.
 Parameter names are those of `model.parameters`: "blocks.0.qkv.weight".
 """
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model import gpt2
-from model.config import GPT2Config
+from model.architecture import architecture
+from model.config import Config
 from model.finetune.distributed import whole
-from model.parameters import Parameters
+from model.parameters import Parameters, grouped
 
 
 def dropped(x: torch.Tensor, share: float) -> torch.Tensor:
@@ -58,13 +58,17 @@ class Layers(nn.Module):
 class Block(Layers):
     """One block of the model."""
 
-    def __init__(self, arrays: Mapping[str, torch.Tensor], config: GPT2Config, number: int):
+    def __init__(self, arrays: Mapping[str, torch.Tensor], config: Config, number: int):
         super().__init__(arrays)
         self.config, self.number = config, number
 
-    def forward(self, x: torch.Tensor, documents: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
-        drop = partial(dropped, share=dropout) if dropout else None
-        return gpt2.block(self.arrays(), self.config, self.number, x, documents=documents, drop=drop)
+    def forward(
+        self, x: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor | None, dropout: float = 0.0
+    ) -> torch.Tensor:
+        options = {"positions": positions, "documents": documents}
+        if dropout:
+            options["drop"] = partial(dropped, share=dropout)
+        return architecture(self.config).block(self.arrays(), self.config, self.number, x, **options)
 
 
 class Network(Layers):
@@ -81,7 +85,7 @@ class Network(Layers):
     def __init__(
         self,
         parameters: Parameters,
-        config: GPT2Config,
+        config: Config,
         *,
         dtype: torch.dtype | None = None,
         recompute: bool = False,
@@ -91,12 +95,10 @@ class Network(Layers):
             array = array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
             return array.detach().to(dtype or array.dtype)
 
-        super().__init__({name: tensor(array) for name, array in parameters.root.items()})
+        root, blocks = grouped((name, tensor(array)) for name, array in parameters.items())
+        super().__init__(root)
         self.config, self.recompute, self.dropout = config, recompute, dropout
-        self.blocks = nn.ModuleList(
-            Block({name: tensor(array) for name, array in group.items()}, config, number)
-            for number, group in enumerate(parameters.blocks)
-        )
+        self.blocks = nn.ModuleList(Block(group, config, number) for number, group in enumerate(blocks))
 
     @property
     def root(self) -> dict[str, torch.Tensor]:
@@ -116,16 +118,17 @@ class Network(Layers):
         """Every argument is (B, T), as `finetune.packing.Windows` has them."""
         trains = torch.is_grad_enabled()
         dropout = self.dropout if trains else 0.0
-        x = gpt2.embed(self, tokens, positions)
+        model = architecture(self.config)
+        x = model.embed(self, tokens, positions)
         if dropout:
             x = dropped(x, dropout)
         for block in self.blocks:
             if self.recompute and trains:  # what is computed again must drop the same
                 again = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
-                x = checkpoint(block, x, documents, dropout, **again)
+                x = checkpoint(block, x, positions, documents, dropout, **again)
             else:
-                x = block(x, documents, dropout)
-        return gpt2.loss(self, self.config, x, targets)
+                x = block(x, positions, documents, dropout)
+        return model.loss(self, self.config, x, targets)
 
     def weight(self, name: str) -> torch.Tensor:
         """A parameter by the model's name, with its adapter merged into it: whole, for which every rank must ask."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from gpukernels.numbers import whole
-from model.config import GPT2Config
+from model.config import Config
 from model.device import DTYPES
 from model.errors import TrainingError
 from model.finetune.lora import Lora
@@ -183,7 +183,7 @@ class Settings:
         if self.dtype not in ("auto", *DTYPES):
             yield "dtype", f"{', '.join(DTYPES)} or auto"
 
-    def window(self, config: GPT2Config) -> int:
+    def window(self, config: Config) -> int:
         """The tokens of a window, for this model."""
         if self.context is None:
             return min(config.n_positions, 1024)

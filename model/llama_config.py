@@ -1,0 +1,293 @@
+"""The config of a LLaMA or a Mistral: keys and defaults are those of transformers' `LlamaConfig` and `MistralConfig`.
+
+The two are one architecture; Mistral has a sliding window, and other defaults.
+"""
+
+import functools
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from model.contract import (
+    Contract,
+    Rule,
+    epsilon,
+    is_int,
+    is_number,
+    one_of,
+    shown,
+    size,
+    switch,
+    token_id,
+    token_ids,
+)
+from model.errors import ConfigError
+
+_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions, in the names of `rope_parameters`.
+
+    Attributes:
+        rope_type: "default"; "linear", every frequency over `factor` (Chen et al., arXiv 2306.15595); or "llama3", the
+            low ones over `factor`, the high ones as they are, those between blended (Dubey et al., arXiv 2407.21783).
+        low_freq_factor, high_freq_factor, original_max_position_embeddings: of llama3. A wavelength of more than
+            original / low is a low frequency, one of less than original / high a high one.
+    """
+
+    rope_theta: float = _THETA
+    rope_type: str = "default"
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def frequencies(self, width: int) -> np.ndarray | None:
+        """(width / 2,) float32, each operation rounded as transformers' are; None for the default ones."""
+        if self.rope_type == "default":
+            return None
+        exponents = (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)).astype(np.float64)
+        plain = np.float32(1) / np.power(float(np.float32(self.rope_theta)), exponents).astype(np.float32)
+        factor = np.float32(self.factor)
+        if self.rope_type == "linear":
+            return plain / factor
+        original = self.original_max_position_embeddings
+        wavelength = np.float32(2 * math.pi) / plain
+        low, high = np.float32(self.low_freq_factor), np.float32(self.high_freq_factor)
+        smooth = (np.float32(original) / wavelength - low) / (high - low)
+        blended = (1 - smooth) * plain / factor + smooth * plain
+        long, short = original / self.low_freq_factor, original / self.high_freq_factor
+        return np.where(wavelength > long, plain / factor, np.where(wavelength < short, plain, blended))
+
+
+# What each kind needs beside rope_theta.
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+#: The only activation of the gate that `gpukernels.swiglu` has.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu"}
+
+_MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape and arithmetic of a LLaMA or a Mistral, in the names of its `config.json`."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    rope: Rope = field(default_factory=Rope)
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    # The names by which the runtime asks a config of any architecture.
+
+    @property
+    def n_positions(self) -> int:
+        return self.max_position_embeddings
+
+    @property
+    def n_embd(self) -> int:
+        return self.hidden_size
+
+    @property
+    def n_layer(self) -> int:
+        return self.num_hidden_layers
+
+    @property
+    def n_head(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def feed_forward_width(self) -> int:
+        return self.intermediate_size
+
+    @functools.cached_property
+    def frequencies(self) -> np.ndarray | None:
+        """(D / 2,) float32, or None: `gpukernels.rope` makes them from theta."""
+        return self.rope.frequencies(self.head_width)
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as transformers and vLLM read it: the older readers' keys of rotary positions, too."""
+        values = asdict(self)
+        rope = {key: value for key, value in values.pop("rope").items() if value is not None}
+        if isinstance(self.eos_token_id, tuple):
+            values["eos_token_id"] = list(self.eos_token_id)
+        if self.model_type == "mistral":
+            del values["attention_bias"], values["mlp_bias"]
+        else:
+            del values["sliding_window"]
+        theta, kind = rope["rope_theta"], rope["rope_type"]
+        scaling = None if kind == "default" else {key: value for key, value in rope.items() if key != "rope_theta"}
+        values |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width}
+        values |= {"rope_parameters": rope, "rope_theta": theta, "rope_scaling": scaling}
+        return {"architectures": [_MODELS[self.model_type]], **values}
+
+
+_LLAMA_DEFAULTS = {key: value for key, value in asdict(LlamaConfig()).items() if key not in ("model_type", "rope")}
+_LLAMA_RULES: dict[str, Rule] = {
+    "vocab_size": size(2**24),
+    "hidden_size": size(2**17),
+    "intermediate_size": size(2**20),
+    "num_hidden_layers": size(2**12),
+    "num_attention_heads": size(2**12),
+    "num_key_value_heads": size(2**12, optional=True),
+    "head_dim": size(2**12, optional=True),
+    "max_position_embeddings": size(2**26),
+    "rms_norm_eps": epsilon,
+    "hidden_act": one_of(_ACTIVATIONS),
+    "attention_bias": switch,
+    "mlp_bias": switch,
+    "tie_word_embeddings": switch,
+    "bos_token_id": token_id,
+    "eos_token_id": token_ids,
+}
+
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")  # read by `_read_rope`
+_CONTRACTS = {
+    # pretraining_tp splits the same products; transformers does not look at it any more.
+    "llama": Contract(_LLAMA_RULES, _LLAMA_DEFAULTS, inert=frozenset((*_ROPE, "attention_dropout", "pretraining_tp"))),
+    "mistral": Contract(
+        {
+            **{key: rule for key, rule in _LLAMA_RULES.items() if key not in ("attention_bias", "mlp_bias")},
+            "sliding_window": size(2**26, optional=True),
+        },
+        _LLAMA_DEFAULTS
+        | {
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        inert=frozenset((*_ROPE, "attention_dropout")),
+    ),
+}
+
+
+def read(values: dict[str, Any], name: str) -> tuple[LlamaConfig, list[str]]:
+    """See `model.config.read_config`."""
+    kind = values["model_type"]
+    foreign = sorted({"n_embd", "n_head", "n_layer", "n_positions"} & values.keys())
+    if foreign:
+        raise ConfigError(f'{name}: model_type must be "gpt2" to go with {", ".join(foreign)}, got {shown(kind)}')
+    fields, notices = _CONTRACTS[kind].read(values, name)
+    rope, problems = _read_rope(values, name)
+    config = LlamaConfig(model_type=kind, rope=rope, **fields)
+    if config.head_dim is None and config.hidden_size % config.n_head:
+        problems.append(
+            f"{name}: num_attention_heads={config.n_head} must divide hidden_size={config.hidden_size} without head_dim"
+        )
+    elif config.head_width % 2:
+        problems.append(f"{name}: heads must be of an even width to be turned, got {config.head_width}")
+    if config.n_head % config.kv_heads:
+        problems.append(
+            f"{name}: num_key_value_heads={config.kv_heads} must divide num_attention_heads={config.n_head}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return config, notices
+
+
+def _read_rope(values: dict[str, Any], name: str) -> tuple[Rope, list[str]]:
+    """The rotary positions of a config, old and new: transformers 5 has all in `rope_parameters`, older ones
+    `rope_theta` beside `rope_scaling`, whose "type" is its "rope_type". And what is wrong with them."""
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    given = values.get(key) or {}
+    if not isinstance(given, dict):
+        return Rope(), [f"{name}: {key} must be an object or null, got {shown(given)}"]
+    given = {"rope_theta": values.get("rope_theta", _THETA), "rope_type": given.get("type", "default"), **given}
+    if "partial_rotary_factor" in values:
+        given.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
+    kind, problems = given["rope_type"], []
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        wanted = f"one of {', '.join(_ROPE_KEYS)}, which are computed here"
+        return Rope(), [f"{name}: rope_type of {key} must be {wanted}, got {shown(kind)}"]
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        turned = shown(given["partial_rotary_factor"])
+        problems.append(f"{name}: partial_rotary_factor={turned} is refused: heads are turned whole")
+    fields: dict[str, Any] = {"rope_type": kind}
+    for each in ("rope_theta", *_ROPE_KEYS[kind]):
+        value, whole = given.get(each), each == "original_max_position_embeddings"
+        right = is_int(value) if whole else is_number(value) and math.isfinite(value)
+        if not right or value <= 0:
+            wanted = "a whole number above 0" if whole else "a number above 0"
+            got = shown(value) if each in given else "nothing"
+            problems.append(f"{name}: {each} of {kind} rotary positions must be {wanted}, got {got}")
+        fields[each] = value
+    if kind == "llama3" and not problems and fields["high_freq_factor"] <= fields["low_freq_factor"]:
+        high, low = shown(fields["high_freq_factor"]), shown(fields["low_freq_factor"])
+        problems.append(f"{name}: high_freq_factor must be more than low_freq_factor={low}, got {high}")
+    return Rope(**fields) if not problems else Rope(), problems
+
+
+#: Shapes of well-known models, as their own config.json has them.
+PRESETS = {
+    "llama-2-7b": LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope=Rope(rope_theta=500000.0),
+        bos_token_id=128000,
+        eos_token_id=128001,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope=Rope(500000.0, "llama3", 32.0, 1.0, 4.0, 8192),
+        tie_word_embeddings=True,
+        bos_token_id=128000,
+        eos_token_id=128001,
+    ),
+    "tinyllama-1.1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-5,
+    ),
+    "mistral-7b": LlamaConfig(
+        model_type="mistral",
+        intermediate_size=14336,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        sliding_window=4096,
+    ),
+}

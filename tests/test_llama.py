@@ -1,0 +1,271 @@
+"""LLaMA and Mistral: the contract of their config.json, the names of their tensors, and what lies together."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from reference import PATHS, Judge, from_pretrained, read_config, read_weights
+
+import model
+from model import llama
+from model.config import PRESETS
+from model.config import read_config as read
+from model.errors import CheckpointError, ConfigError, LoadNotice
+from model.llama_config import LlamaConfig, Rope
+from model.memory import parameter_count
+
+paths = pytest.mark.parametrize("path", PATHS)
+
+SMALL = LlamaConfig(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=40,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """`written(name)`: the folder of a configuration that transformers wrote."""
+    root, folders = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def of(name: str):
+        if name not in folders:
+            folders[name] = root / name.replace(" ", "-")
+            reference.build(name).save_pretrained(folders[name])
+        return folders[name]
+
+    return of
+
+
+# config.json
+
+
+def test_the_defaults_are_transformers():
+    import transformers
+
+    for kind, theirs in (("llama", transformers.LlamaConfig()), ("mistral", transformers.MistralConfig())):
+        config, notices = read({"model_type": kind})
+        assert notices == []
+        for field in dataclasses.fields(config):
+            if field.name not in ("rope", "sliding_window", "attention_bias", "mlp_bias"):
+                value = getattr(
+                    config, {"num_key_value_heads": "kv_heads", "head_dim": "head_width"}.get(field.name, field.name)
+                )
+                assert value == getattr(theirs, field.name), field.name
+        assert config.rope == Rope(**theirs.rope_parameters)
+        assert config.sliding_window == getattr(theirs, "sliding_window", None)
+        assert not (config.attention_bias or config.mlp_bias)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, llama3", "llama, linear", "llama, biases", "mistral, window 7"])
+def test_every_key_that_transformers_writes_is_known(written, name):
+    config, notices = read(read_config(written(name)))
+    assert notices == []
+    assert read(config.to_json()) == (config, [])
+
+
+OLD_ROPES = [
+    ({"rope_theta": 500.0}, Rope(500.0)),
+    ({"rope_theta": 500.0, "rope_scaling": None}, Rope(500.0)),
+    ({"rope_scaling": {"type": "linear", "factor": 4}}, Rope(10000.0, "linear", 4)),
+    ({"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, Rope(7.0, "linear", 2.0)),
+    ({"rope_parameters": {"rope_theta": 9.0}, "rope_theta": 8.0}, Rope(9.0)),
+    (
+        {"rope_parameters": {"rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        Rope(1e4, "linear", 2.0),
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "rope"), OLD_ROPES)
+def test_rotary_positions_of_older_configs_are_read_as_transformers_reads_them(values, rope):
+    import transformers
+
+    assert read({"model_type": "llama", **values})[0].rope == rope
+    theirs = transformers.LlamaConfig(**copy.deepcopy(values)).rope_parameters
+    assert {key: theirs[key] for key in ("rope_theta", "rope_type")} == {
+        "rope_theta": rope.rope_theta,
+        "rope_type": rope.rope_type,
+    }
+    assert theirs.get("factor") == rope.factor
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WRONG = [
+    ("llama", {"hidden_act": "gelu"}, "hidden_act must be one of silu, swish"),
+    ("llama", {"num_key_value_heads": 5}, "num_key_value_heads=5 must divide num_attention_heads=32"),
+    (
+        "llama",
+        {"num_attention_heads": 30, "num_key_value_heads": 30},
+        "num_attention_heads=30 must divide hidden_size=4096",
+    ),
+    ("llama", {"head_dim": 7}, "heads must be of an even width"),
+    ("llama", {"hidden_size": 0}, "hidden_size must be an integer from 1"),
+    ("llama", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps must be a number from 0 to below 1, got "1e-5"'),
+    ("llama", {"attention_bias": 1}, "attention_bias must be true or false"),
+    ("mistral", {"sliding_window": 0}, "sliding_window must be an integer from 1"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope_type of rope_scaling must be one of default, linear, llama3",
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, 'got "yarn"'),
+    ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object or null"),
+    ("llama", {"rope_theta": 0}, "rope_theta of default rotary positions must be a number above 0, got 0"),
+    ("llama", {"rope_theta": math.inf}, "rope_theta of default rotary positions"),
+    (
+        "llama",
+        {"rope_scaling": {"type": "linear"}},
+        "factor of linear rotary positions must be a number above 0, got nothing",
+    ),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3},
+        "original_max_position_embeddings of llama3 rotary positions must be a whole number",
+    ),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192, "low_freq_factor": 4.0}},
+        "high_freq_factor must be more than low_freq_factor=4.0, got 4.0",
+    ),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is refused"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"n_embd": 64, "n_head": 2}, 'model_type must be "gpt2" to go with n_embd, n_head, got "llama"'),
+]
+
+
+@pytest.mark.parametrize(("kind", "values", "said"), WRONG)
+def test_what_is_not_computed_is_refused_by_name(kind, values, said):
+    with pytest.raises(ConfigError) as fault:
+        read({"model_type": kind, **values})
+    assert said in str(fault.value)
+
+
+def test_keys_that_only_the_other_of_the_two_has_are_said_once():
+    assert "sliding_window" in read({"model_type": "llama", "sliding_window": 7})[1][0]
+    config, (notice,) = read({"model_type": "mistral", "attention_bias": True})
+    assert "attention_bias" in notice
+    assert not config.attention_bias  # as transformers, whose Mistral has none
+
+
+@pytest.mark.parametrize("name", ["llama, llama3", "llama, linear"])
+def test_frequencies_are_transformers_to_the_last_bits(written, name):
+    theirs = from_pretrained(written(name)).model.rotary_emb.inv_freq.numpy()
+    ours = model.load(written(name), device="cpu").config.frequencies
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, rtol=4 * 2.0**-24)  # four operations, each rounded once
+
+
+#: Parameters, by the papers and model cards: 6.74, 8.03, 1.24, 1.10 and 7.24 thousand millions.
+COUNTS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "tinyllama-1.1b": 1_100_048_384,
+    "mistral-7b": 7_241_732_096,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_presets_have_the_sizes_of_the_models_they_are_named_for(name):
+    assert parameter_count(PRESETS[name]) == COUNTS[name]
+
+
+# Files
+
+
+@paths
+@pytest.mark.parametrize("name", ["llama, tied", "llama, biases"])
+def test_sharded_files_with_what_wrappers_and_old_versions_leave_are_read_alike(written, tmp_path, name, path):
+    reference.write_sharded(written(name), tmp_path / "sharded")
+    weights = read_weights(written(name))
+    weights = {f"module.{key}": value for key, value in weights.items()}
+    weights["module.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    reference.rewrite(written(name), tmp_path / "wrapped", weights)
+    wanted = model.load(written(name), device=PATHS[path])
+    with pytest.warns(LoadNotice, match="module"):
+        wrapped = model.load(tmp_path / "wrapped", device=PATHS[path])
+    for lm in (model.load(tmp_path / "sharded", device=PATHS[path]), wrapped):
+        assert list(lm.parameters) == list(wanted.parameters)
+        assert all(bool((lm.parameters[key] == array).all()) for key, array in wanted.parameters.items())
+
+
+def test_a_tensor_that_is_missing_or_not_the_models_is_named(written, tmp_path):
+    weights = read_weights(written("llama"))
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    reference.rewrite(written("llama"), tmp_path / "damaged", weights)
+    with pytest.raises(CheckpointError) as fault:
+        model.load(tmp_path / "damaged", device="cpu")
+    assert "tensor layers.1.mlp.up_proj.weight (83, 48) is missing" in str(fault.value)
+    assert "self_attn.q_proj.bias (48,) is unexpected: this LLaMA has no such parameter" in str(fault.value)
+
+
+@paths
+def test_a_head_that_differs_from_a_tied_table_is_used_as_transformers_does(written, tmp_path, path):
+    weights = read_weights(written("llama, tied"))
+    head = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    folder = reference.rewrite(written("llama, tied"), tmp_path / "two", {**weights, "lm_head.weight": head})
+    with pytest.warns(LoadNotice, match=r"lm_head\.weight differs from embed_tokens\.weight"):
+        lm = model.load(folder, device=PATHS[path])
+    expected = Judge(folder).expected(3, 40)
+    expected.check(lm.logits(expected.ids))
+
+
+# Products of the same input
+
+
+@paths
+def test_what_is_multiplied_with_the_same_lies_together(path):
+    """In sizes of which no parameter ends at a boundary of alignment."""
+    config = dataclasses.replace(SMALL, hidden_size=35, num_attention_heads=5, num_key_value_heads=1, head_dim=6)
+    lm = model.from_config(dataclasses.replace(config, attention_bias=True, mlp_bias=True), device=PATHS[path])
+    for number, block in enumerate(lm.parameters.blocks):
+        for joined, names in (("qkv", "qkv"), ("gate_up", ("gate", "up"))):
+            for kind in ("weight", "bias"):
+                parts = [lm.parameters[f"blocks.{number}.{name}.{kind}"] for name in names]
+                rows = 0
+                for part in parts:
+                    part[...] = np.random.default_rng(rows).standard_normal() if path == "numpy" else float(rows)
+                    assert bool((block[f"{joined}.{kind}"][rows : rows + len(part)] == part).all())
+                    rows += len(part)
+                assert len(block[f"{joined}.{kind}"]) == rows
+    assert not any("gate_up" in name for name in lm.parameters)
+
+
+@paths
+def test_one_product_gives_what_several_give(path):
+    lm = model.from_config(SMALL, seed=1, device=PATHS[path])
+    device, apart = lm.parameters.device, copy.copy(lm.parameters)
+    apart.blocks = [
+        {name: array for name, array in block.items() if not name.startswith(("qkv", "gate_up"))}
+        for block in lm.parameters.blocks
+    ]
+    ids = np.random.default_rng(0).integers(0, 61, (2, 30))
+    ids, positions = device.indices(ids), device.indices(np.tile(np.arange(30), (2, 1)))
+    together, separate = (
+        device.to_host(llama.hidden_states(each, lm.config, ids, positions)) for each in (lm.parameters, apart)
+    )
+    # Sums of up to 80 terms in another order, twice a layer.
+    assert np.abs(together - separate).max() <= 4 * 80**0.5 * 2.0**-24 * np.abs(together).max()
+
+
+def test_a_model_of_a_config_is_saved_for_transformers(tmp_path):
+    rope = Rope(5000.0, "llama3", 8.0, 1.0, 4.0, 16)
+    lm = model.from_config(dataclasses.replace(SMALL, rope=rope, eos_token_id=(3, 5)), seed=2, device="cpu")
+    lm.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [3, 5]
+    expected = Judge(tmp_path).expected(2, 40)
+    expected.check(lm.logits(expected.ids))
+    assert model.load(tmp_path, device="cpu").config == lm.config
