@@ -31,7 +31,7 @@ class Cache:
         self.lengths = device.indices([0] * rows)
         self.arrivals = device.zeros((rows, heads), "int32")  # what the programs of a step count in
         self.extent = capacity
-        self._ticks = device.indices(range(capacity))
+        self._behind = device.indices(range(-capacity, 0))
 
     @property
     def capacity(self) -> int:
@@ -43,7 +43,7 @@ class Cache:
         view.keys, view.values = self.keys[:, start:stop], self.values[:, start:stop]
         view.lengths, view.arrivals = self.lengths[start:stop], self.arrivals[start:stop]
         view.extent = self.capacity if extent is None else extent
-        view._ticks = self._ticks
+        view._behind = self._behind
         return view
 
     def layer(self, layer: int) -> tuple[Any, Any]:
@@ -52,7 +52,7 @@ class Cache:
 
     def newest(self, count: int) -> Any:
         """Where the last `count` tokens of each row stand, (B, count); below 0 where a row has fewer."""
-        return self.lengths[:, None] + (self._ticks[:count] - count)
+        return self.lengths[:, None] + self._behind[self.capacity - count :]
 
     def hold(self, row: int, length: int) -> None:
         """Says how many tokens row `row` holds."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.contract import Contract, epsilon, one_of, size, switch, token_id, token_ids
+from model.contract import Contract, as_ids, epsilon, one_of, size, switch, token_id, token_ids
 from model.errors import ConfigError
 
 #: transformers' names of activations -> those of `gpukernels.linear`.
@@ -55,6 +55,10 @@ class GPT2Config:
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return as_ids(self.eos_token_id)
 
     @property
     def head_width(self) -> int:

@@ -12,7 +12,6 @@ import numpy as np
 from model.adapter import merge, read_adapter
 from model.architecture import architecture
 from model.config import Config
-from model.contract import as_ids
 from model.decoder import Decoder
 from model.device import Device
 from model.errors import ContextError, ModelError
@@ -59,7 +58,7 @@ class LanguageModel:
         filled: Filled | None = None,
     ):
         self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
-        self.eos_token_ids = as_ids(config.eos_token_id) if eos_token_ids is None else tuple(eos_token_ids)
+        self.eos_token_ids = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.notices, self.filled = list(notices), filled
         self._values, self._folder = values or {}, folder
         self._idle: GraphDecoder | None = None

@@ -13,6 +13,7 @@ import numpy as np
 from model.contract import (
     Contract,
     Rule,
+    as_ids,
     epsilon,
     is_int,
     is_number,
@@ -121,6 +122,10 @@ class LlamaConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return as_ids(self.eos_token_id)
 
     @property
     def head_width(self) -> int:

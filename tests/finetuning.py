@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import reference
+import reference_llama
 import torch
 from rich.console import Console
 
@@ -25,7 +26,8 @@ VOCABULARY, CONTEXT = 97, 24
 
 def folder_of(path: Path, name: str = "default", **changes) -> Path:
     """A checkpoint of `reference`, whose weights let no mistake hide."""
-    reference.build(name, n_positions=CONTEXT, **changes).save_pretrained(path)
+    positions = "n_positions" if name not in reference_llama.CONFIGS else "max_position_embeddings"
+    reference.build(name, **{positions: CONTEXT}, **changes).save_pretrained(path)
     return path
 
 

@@ -8,7 +8,7 @@ import torch
 
 from bench.cost_card import step
 from bench.stages import kernels, stage_bytes, stages
-from model import PRESETS
+from model.gpt2_config import PRESETS
 
 FEW, ATTENTION, NORM, SAMPLE = "_few_rows_kernel", "_decode_head_kernel", "_norm_forward_kernel", "_sample_kernel"
 NAMES = [FEW, ATTENTION, FEW, FEW, FEW] * 2 + [NORM, FEW, SAMPLE]

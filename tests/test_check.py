@@ -19,9 +19,9 @@ from damage import CONFIG, DAMAGE, edit_config, make, pack, shard
 import model
 from model.check import check
 from model.checkpoint import WEIGHTS_NAME
-from model.config import PRESETS
 from model.errors import LoadNotice, ModelError
 from model.gpt2 import slots
+from model.gpt2_config import PRESETS
 from model.load import BUNDLED, locate
 
 

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import model
+from model import gpt2
 from model.check import check
 from model.checkpoint import INDEX_NAME, WEIGHTS_NAME, read_entries, read_header
 from model.errors import CheckpointError, LoadNotice
-from model.gpt2 import map_names
 from model.load import BUNDLED, locate, plan
+from model.names import map_names
 
 
 @pytest.fixture
@@ -213,7 +214,8 @@ def test_mask_buffers_are_dropped_and_biases_are_not(folder):
     assert check(folder).notices == []
     assert_same(parameters(folder), before)
     np.testing.assert_array_equal(before["blocks.1.qkv.bias"], tensors()["h.1.attn.c_attn.bias"])
-    names = map_names(["h.0.attn.bias", "transformer.h.11.attn.masked_bias", "h.0.attn.c_attn.bias"])
+    stored = ["h.0.attn.bias", "transformer.h.11.attn.masked_bias", "h.0.attn.c_attn.bias"]
+    names = map_names(stored, gpt2.PREFIX, gpt2.BUFFER)
     assert names.names == {"h.0.attn.c_attn.bias": "h.0.attn.c_attn.bias"}
 
 

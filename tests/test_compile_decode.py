@@ -15,10 +15,10 @@ from gpukernels.compile_report.cost import cost
 from gpukernels.compile_report.recording import _CallLaunchers, stand_in
 from gpukernels.launches import dependent_launches
 from gpukernels.library.registry import LAUNCHERS
-from model import PRESETS, GPT2Config
 from model.decoder import Decoder
 from model.device import TorchDevice
 from model.gpt2 import slots
+from model.gpt2_config import PRESETS, GPT2Config
 from model.graph import GraphDecoder
 from model.parameters import Parameters
 from model.sampling import DRAWING, FILTERS, PENALTY, Sampling

@@ -6,16 +6,19 @@ import math
 import finetuning
 import numpy as np
 import pytest
+import reference_llama
 import torch
 from finetuning import CONTEXT, VOCABULARY, documents, load, other, quiet_log, trainer
-from reference import from_pretrained
+from reference import from_pretrained, read_config
 
 from model import gpt2
+from model.architecture import architecture
 from model.errors import TrainingError
 from model.finetune.batches import Batches
 from model.finetune.distributed import World
 from model.finetune.optimizer import LossScale, Optimizer, clipping
 from model.finetune.packing import IGNORE, Windows, pack
+from model.names import HEAD
 
 UNIT = 2.0**-24
 
@@ -60,7 +63,9 @@ class Theirs:
         self.optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["default", "untied odd", "by layer"])
+@pytest.mark.parametrize(
+    "name", ["default", "untied odd", "by layer", "llama, biases", "llama, tied", "mistral, window 7"]
+)
 def test_losses_and_gradients_are_transformers(tmp_path, name):
     folder = finetuning.folder_of(tmp_path / "model", name)
     ids = np.random.default_rng(1).integers(0, 97, (30, CONTEXT)).astype(np.int32)
@@ -69,10 +74,12 @@ def test_losses_and_gradients_are_transformers(tmp_path, name):
     lm = load(folder)
     options = {"batch_size": 4, "epochs": 3, "max_steps": 20, "weight_decay": 0.1, "seed": 3}
     ours = trainer(lm, train, dtype=torch.float32, **options)
-    changes = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    gpt2 = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    changes = gpt2 if read_config(folder)["model_type"] == "gpt2" else {}
     single = from_pretrained(folder, **changes)
     double = copy.deepcopy(single).double()
     double.set_attn_implementation("eager")
+    reference_llama.widen(double)
     theirs = [Theirs(network, 0.1, 1e-3) for network in (single, double)]
 
     slots, distances, errors = lm.parameters.slots, [], []
@@ -84,7 +91,7 @@ def test_losses_and_gradients_are_transformers(tmp_path, name):
         errors.append(abs(total.item() / targets - loss64))
         if step == 0:
             for ours_name, slot in slots.items():
-                key = slot.source if slot.source.startswith("lm_head") else f"transformer.{slot.source}"
+                key = slot.source if slot.source == HEAD else f"{architecture(lm.config).PREFIX}{slot.source}"
                 mine = ours.optimizer.view(ours.optimizer.gradient, ours_name).double()
                 mine = mine.T if slot.transposed else mine
                 # Absolutely: the true gradient of the keys' part of c_attn.bias is 0.
@@ -183,7 +190,7 @@ def losses(lm, windows: Windows) -> torch.Tensor:
     tokens, targets, positions, numbers = (torch.from_numpy(each) for each in windows)
     x = gpt2.embed(run.network, tokens, positions)
     for block in run.network.blocks:
-        x = block(x, numbers)
+        x = block(x, positions, numbers)
     return gpt2.loss(run.network, lm.config, x, targets, reduction="none").detach()
 
 

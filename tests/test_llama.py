@@ -65,7 +65,7 @@ def test_the_defaults_are_transformers():
                 assert value == getattr(theirs, field.name), field.name
         assert config.rope == Rope(**theirs.rope_parameters)
         assert config.sliding_window == getattr(theirs, "sliding_window", None)
-        assert not (config.attention_bias or config.mlp_bias)
+        assert (config.attention_bias, config.mlp_bias) == (False, False)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, llama3", "llama, linear", "llama, biases", "mistral, window 7"])
@@ -268,4 +268,4 @@ def test_a_model_of_a_config_is_saved_for_transformers(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == [3, 5]
     expected = Judge(tmp_path).expected(2, 40)
     expected.check(lm.logits(expected.ids))
-    assert model.load(tmp_path, device="cpu").config == lm.config
+    assert model.load(tmp_path, device="cpu").config.to_json() == lm.config.to_json()

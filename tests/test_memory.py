@@ -10,11 +10,11 @@ from damage import CONFIG, make
 
 import model
 from model import room
-from model.config import PRESETS
 from model.decoder import Decoder
 from model.device import choose_device
 from model.errors import ContextError, ModelError, OutOfMemoryError
 from model.footprint import footprint
+from model.gpt2_config import PRESETS
 from model.graph import filled_up, prompt_sizes
 from model.load import BUNDLED
 from model.memory import LOADING, largest, logits_needs, predict, weight_bytes

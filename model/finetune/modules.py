@@ -6,6 +6,7 @@ Parameter names are those of `model.parameters`: "blocks.0.qkv.weight".
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from model.architecture import architecture
 from model.config import Config
 from model.finetune.distributed import whole
-from model.parameters import Parameters, grouped
+from model.parameters import grouped
 
 
 def dropped(x: torch.Tensor, share: float) -> torch.Tensor:
@@ -75,7 +76,7 @@ class Network(Layers):
     """The whole model. Called, it returns the sum of the losses of a batch of windows, float32.
 
     Args:
-        parameters: of a loaded model. Those already in `dtype` are not copied.
+        parameters: of a loaded model, by name. Those already in `dtype` are not copied.
         recompute: keep each block's input only and compute the block again for its gradient (activation
             checkpointing): less memory, a third more work.
         dropout: the share that is dropped of the embedded tokens and of what a block adds to them, where a gradient
@@ -84,7 +85,7 @@ class Network(Layers):
 
     def __init__(
         self,
-        parameters: Parameters,
+        parameters: Mapping[str, Any],
         config: Config,
         *,
         dtype: torch.dtype | None = None,

@@ -6,7 +6,6 @@ length of each. Gradients are summed into the shards as they come. Weights reach
 """
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,13 +14,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from model.errors import TrainingError
 from model.finetune.distributed import World
 from model.finetune.modules import Network
-from model.parameters import Slot, grouped
+from model.parameters import Slot
 
 
-def outline(slots: Iterable[Slot]) -> SimpleNamespace:
+def outline(slots: Iterable[Slot]) -> dict[str, torch.Tensor]:
     """The parameters of a model for `Network`, shapes without memory."""
-    root, blocks = grouped((slot.name, torch.empty(slot.shape, device="meta")) for slot in slots)
-    return SimpleNamespace(root=root, blocks=blocks)
+    return {slot.name: torch.empty(slot.shape, device="meta") for slot in slots}
 
 
 def shard(network: Network, world: World, device: torch.device) -> None:
