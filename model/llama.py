@@ -162,31 +162,48 @@ def block(
         weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
         return linear(y, weight, bias, residual=x) if drop is None else x + drop(linear(y, weight, bias))
 
-    width, window = config.head_width, config.sliding_window
-    q, k, v = _products(p, config, x, "norm1", ("q", "k", "v"))
-    q, k, v = (each.reshape(*each.shape[:2], -1, width) for each in (q, k, v))
+    q, k, v = _queries_keys_values(p, config, x, positions)
     if last_only:
         q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
-    turn = functools.partial(rope, theta=config.rope.rope_theta, frequencies=_frequencies(config, x))
-    q, k = turn(q, positions[:, positions.shape[1] - q.shape[1] :]), turn(k, positions)
     if cache is None:
-        y = attention(q, k, v, window=window, documents=documents)
+        y = attention(q, k, v, window=config.sliding_window, documents=documents)
     else:
-        keys, values = cache.layer(layer)
-        y = cached_attention(q, k, v, keys, values, cache.lengths, window=window, arrivals=cache.arrivals)
+        lengths, arrivals = cache.lengths, cache.arrivals
+        y = cached_attention(q, k, v, *cache.layer(layer), lengths, window=config.sliding_window, arrivals=arrivals)
     x = onto_stream(y.reshape(*x.shape[:2], -1), "projection")
-    return onto_stream(swiglu(*_products(p, config, x, "norm2", ("gate", "up"))), "down")
+    return onto_stream(swiglu(*_gate_and_up(p, config, x)), "down")
+
+
+def _queries_keys_values(p: Mapping, config: LlamaConfig, x, positions):
+    """(B, T, H, D) and twice (B, T, Hkv, D), queries and keys turned to where they stand."""
+    turn = functools.partial(
+        rope, positions=positions, theta=config.rope.rope_theta, frequencies=_frequencies(config, x)
+    )
+    products = _products(p, config, x, "norm1", ("q", "k", "v"))
+    products = [each.reshape(*x.shape[:2], -1, config.head_width) for each in products]
+    if len(products) == 3:
+        q, k, v = products
+        return turn(q), turn(k), v
+    (qkv,), turned = products, config.n_head + config.kv_heads
+    qk = turn(qkv[:, :, :turned])
+    return qk[:, :, : config.n_head], qk[:, :, config.n_head :], qkv[:, :, turned:]
+
+
+def _gate_and_up(p: Mapping, config: LlamaConfig, x):
+    """Twice (B, T, F)."""
+    products = _products(p, config, x, "norm2", ("gate", "up"))
+    if len(products) == 2:
+        return products
+    (gate_up,), hidden = products, config.intermediate_size
+    return gate_up[..., :hidden], gate_up[..., hidden:]
 
 
 def _products(p: Mapping, config: LlamaConfig, x, norm: str, names: tuple[str, ...]) -> list:
-    """The products of the normed x with several weights: one, where these lie together, and its parts."""
+    """The products of the normed x with several weights; one, where these lie together."""
+    if f"{_JOINED[names[0]]}.weight" in p:
+        names = (_JOINED[names[0]],)
     x = rms_norm(x, p[f"{norm}.weight"], eps=config.rms_norm_eps)
-    weights, joined = [p[f"{name}.weight"] for name in names], _JOINED[names[0]]
-    if f"{joined}.weight" not in p:
-        return [linear(x, weight, p.get(f"{name}.bias")) for name, weight in zip(names, weights, strict=True)]
-    y = linear(x, p[f"{joined}.weight"], p.get(f"{joined}.bias"))
-    ends = np.cumsum([len(weight) for weight in weights]).tolist()
-    return [y[..., start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [linear(x, p[f"{name}.weight"], p.get(f"{name}.bias")) for name in names]
 
 
 def _frequencies(config: LlamaConfig, x):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import model
-from model.config import GPT2Config
+from model.config import Config, GPT2Config, LlamaConfig
 from model.decoder import Decoder
 from model.generate import Limits, Row, run
 from model.graph import GraphDecoder
@@ -27,9 +27,25 @@ REQUESTS = [
 ]
 
 
-def lively(device: Any, dtype: str = "float32", **changed) -> model.LanguageModel:
-    """A small model whose logits are far apart, so that a rounding changes no choice. changed: of its CONFIG."""
-    lm = model.from_config(dataclasses.replace(CONFIG, **changed), seed=3, device=device, dtype=dtype)
+#: As large, with grouped heads and a window that rows outgrow.
+MISTRAL = LlamaConfig(
+    model_type="mistral",
+    vocab_size=61,
+    max_position_embeddings=40,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    sliding_window=9,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+
+
+def lively(device: Any, dtype: str = "float32", *, config: Config = CONFIG, **changed) -> model.LanguageModel:
+    """A small model whose logits are far apart, so that a rounding changes no choice. changed: of its config."""
+    lm = model.from_config(dataclasses.replace(config, **changed), seed=3, device=device, dtype=dtype)
     for name, array in lm.parameters.items():
         if array.ndim == 2:
             lm.parameters[name] = array * 6

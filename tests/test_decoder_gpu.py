@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoding import REQUESTS, decoder_of, generated, lively
+from decoding import CONFIG, MISTRAL, REQUESTS, decoder_of, generated, lively
 
 import model
 from bench.cuda_providers import STEP_ERROR, OursPersistent, random_model
@@ -12,9 +12,10 @@ from model.sampling import Sampling
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")]
 
 
+@pytest.mark.parametrize("config", [CONFIG, MISTRAL], ids=["gpt2", "mistral"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_a_captured_step_is_the_eager_one(dtype):
-    lm = lively(torch.device("cuda"), dtype)
+def test_a_captured_step_is_the_eager_one(dtype, config):
+    lm = lively(torch.device("cuda"), dtype, config=config)
     graph = decoder_of(lm, rows=3, captured=True, ahead=True)
     assert generated(graph, slots=3) == generated(decoder_of(lm, rows=3), slots=3)
     graph.warm_up()

@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import model
 from model.adapter import LowRank, merge, products, read_adapter, write_adapter
+from model.architecture import architecture
 from model.cli.app import main
-from model.config import GPT2Config
+from model.config import GPT2Config, LlamaConfig
 from model.errors import CheckpointError, ModelError
 from model.finetune.adapters import adapters, attach, first_values
 from model.finetune.distributed import World, fill
@@ -29,10 +30,26 @@ ALL = ("qkv", "projection", "up", "down")
 IDS = np.random.default_rng(1).integers(0, 61, (2, 24))
 
 
+LLAMA = LlamaConfig(
+    vocab_size=61,
+    max_position_embeddings=24,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+both = pytest.mark.parametrize("folder", [CONFIG, LLAMA], ids=["gpt2", "llama"], indirect=True)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, request):
     path = tmp_path_factory.mktemp("base")
-    lm = model.from_config(CONFIG, seed=3, device="cpu")
+    lm = model.from_config(getattr(request, "param", CONFIG), seed=3, device="cpu")
     for name, array in lm.parameters.items():
         array *= 5 if name.endswith("weight") and array.ndim > 1 else 1  # far from linear
     lm.save(path)
@@ -69,7 +86,7 @@ def loss(made, ids=IDS):
 
 
 def peft_model(folder, adapter):
-    base = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with warnings.catch_warnings(action="error", category=UserWarning):  # a file that is not as theirs would be
         return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
 
@@ -87,6 +104,7 @@ LORAS = [
 ]
 
 
+@both
 @pytest.mark.parametrize("lora", LORAS, ids=str)
 def test_peft_loads_what_is_written_and_agrees_in_loss_and_gradients(folder, tmp_path, lora):
     made, layers = trained(folder, lora)
@@ -104,7 +122,7 @@ def test_peft_loads_what_is_written_and_agrees_in_loss_and_gradients(folder, tmp
     assert len(gradients) == 2 * len(layers)
     slots = products(made.config)
     for name in layers:
-        module = f"base_model.model.transformer.{slots[name].source.removesuffix('.weight')}"
+        module = f"base_model.model.{architecture(made.config).PREFIX}{slots[name].source.removesuffix('.weight')}"
         adapter = made.get_submodule(name).adapter
         for ours, kind in ((adapter.a, "A"), (adapter.b, "B")):
             wanted = gradients[f"{module}.lora_{kind}.default.weight"]
@@ -113,6 +131,7 @@ def test_peft_loads_what_is_written_and_agrees_in_loss_and_gradients(folder, tmp
     assert all(each.grad is None for name, each in made.named_parameters() if ".adapter." not in name)
 
 
+@both
 @pytest.mark.parametrize("lora", LORAS, ids=str)
 def test_an_adapter_loaded_into_ours_and_merged_weights_agree_with_peft(folder, tmp_path, lora):
     made, _ = trained(folder, lora)
@@ -147,10 +166,13 @@ def test_the_files_hold_the_bits_that_trained_under_pefts_names(folder, tmp_path
         "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_an_adapter_that_peft_made_loads(folder, tmp_path, dtype):
-    base = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
-    options = {"target_modules": ["c_proj"], "lora_dropout": 0.1, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    transposed = base.config.model_type == "gpt2"
+    options = {"target_modules": ["c_proj"] if transposed else ["q_proj", "down_proj"], "fan_in_fan_out": transposed}
+    options |= {"lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
     judge = peft.get_peft_model(base, peft.LoraConfig(r=5, lora_alpha=7, init_lora_weights=False, **options))
     for name, each in judge.named_parameters():
         if ".lora_" in name:
@@ -209,6 +231,7 @@ def test_merging_rounds_the_sum_once():
 def test_targets_are_layers_by_name_or_pattern():
     names = list(products(GPT2Config(n_layer=12)))
     assert Lora(targets=("qkv",)).layers(names) == [f"blocks.{layer}.qkv" for layer in range(12)]
+    assert Lora().layers(products(LLAMA)) == [f"blocks.{layer}.{name}" for layer in range(3) for name in "qkv"]
     assert Lora(targets=("blocks.1.*",)).layers(names) == [f"blocks.1.{layer}" for layer in ALL]
     assert Lora(targets=("*",)).layers(names) == names
     assert Lora(targets=("down", "blocks.0.up", "blocks.0.d*")).layers(names)[:2] == ["blocks.0.up", "blocks.0.down"]
@@ -329,7 +352,7 @@ def test_a_run_keeps_its_adapter_for_peft_and_for_ours(tmp_path):
 def test_a_run_merges_its_adapter_where_it_is_not_kept(tmp_path):
     lm = model.load("tiny-gpt2", device="cpu")
     lm.finetune(TEXTS, out=tmp_path / "out", console=Console(quiet=True), **OPTIONS, lora_rank=2)
-    saved = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert np.abs(lm.logits(IDS) - theirs(saved)).max() < 2e-4
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 

@@ -17,7 +17,8 @@ class Lora:
     Args:
         rank: of each.
         alpha: scale is alpha / rank.
-        targets: patterns of layers, "blocks.0.qkv" or only "qkv", "projection", "up", "down".
+        targets: patterns of layers, "blocks.0.qkv" or only "qkv", "projection", "up", "down". Where queries, keys and
+            values have a layer each, as in a LLaMA, "qkv" is all three.
         rank_stabilized: scale is alpha / sqrt(rank), arXiv 2312.03732.
 
     Raises TrainingError for a value that makes no sense.
@@ -42,7 +43,9 @@ class Lora:
 
     def layers(self, names: Iterable[str]) -> list[str]:
         """Those of the layers `names` that have adapters, in order; TrainingError for a pattern of none."""
-        names = list(names)
-        patterns = [each if "." in each else f"blocks.*.{each}" for each in self.targets]
+        names, targets = list(names), list(self.targets)
+        if "qkv" in targets and not any(name.endswith(".qkv") for name in names):
+            targets[targets.index("qkv") : targets.index("qkv") + 1] = ["q", "k", "v"]
+        patterns = [each if "." in each else f"blocks.*.{each}" for each in targets]
         found = set().union(*(matching(names, pattern) for pattern in patterns))
         return [name for name in names if name in found]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton.language as tl
 from chain import Touched, chain, faults
-from decoding import lively
+from decoding import MISTRAL, lively
 
 import gpukernels
 from gpukernels.kernels import few_rows
@@ -61,6 +61,20 @@ def test_rows_start_step_move_and_leave(captured):
     names = {launch.name for launch in launches if launch.dependent}
     assert names == {"_few_rows_kernel", "_decode_head_kernel"}
     assert any(len(launch.waited) < len({*launch.early, *launch.reads}) for launch in launches if launch.dependent)
+    assert faults(launches) == []
+
+
+def test_rows_of_a_mistral_start_and_step():
+    """Kernels that are no dependent ones stand between its products and attention."""
+    lm = lively(CPU, "float16", config=MISTRAL)
+    decoder = GraphDecoder(lm.parameters, lm.config, rows=2, capacity=lm.config.n_positions, capture=replayed)
+    with chain() as launches, dependent_launches():
+        decoder.start(0, list(range(11)), Sampling())
+        decoder.start(1, [5], DRAWN, seed=3, seen=[5])
+        for _ in range(3):
+            decoder.step(2)
+    names = {launch.name for launch in launches if launch.dependent}
+    assert names == {"_few_rows_kernel", "_norm_forward_kernel", "_decode_group_kernel"}
     assert faults(launches) == []
 
 
