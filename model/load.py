@@ -6,6 +6,7 @@
 one error. `fill` then allocates each parameter once and reads each tensor straight into its place.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -282,6 +283,9 @@ def _read_exactly(file: BinaryIO, entry: TensorEntry, out: memoryview) -> None:
         out = out[count:]
 
 
+_DRAWN = 2**18  # random numbers that are made ready at a time
+
+
 def fill_random(slots: Iterable[Slot], config: Config, device: Device, dtype: str, seed: int) -> Parameters:
     """Parameters as GPT-2 starts training: N(0, 0.02), the residual projections' over sqrt(2 L).
 
@@ -289,19 +293,21 @@ def fill_random(slots: Iterable[Slot], config: Config, device: Device, dtype: st
     """
     parameters = Parameters(slots, device, dtype)
     random = np.random.default_rng(seed)
+    memory = np.empty(max([_DRAWN, *(slot.stored_shape[-1] for slot in parameters.slots.values())]), np.float32)
     for slot in parameters.slots.values():
         array = parameters[slot.name]
         view = array.T if slot.transposed else array
         spread = 0.02
         if ".projection." in slot.name or ".down." in slot.name:
             spread /= (2 * config.n_layer) ** 0.5
-        rows = max(1, CHUNK // 4 // max(1, slot.stored_shape[-1] if len(slot.shape) > 1 else 1))
+        rows = max(1, _DRAWN // max(1, slot.stored_shape[-1] if len(slot.shape) > 1 else 1))
         for start in range(0, view.shape[0], rows):
             part = view[start : start + rows]
+            values = memory[: math.prod(part.shape)]
             if len(slot.shape) > 1:
-                values = random.standard_normal(tuple(part.shape), dtype=np.float32)
+                random.standard_normal(out=values, dtype=np.float32)
                 values *= np.float32(spread)
             else:
-                values = np.full(tuple(part.shape), float(slot.name.endswith(".weight")), np.float32)
-            device.cast(values.reshape(-1), "F32", part)
+                values.fill(float(slot.name.endswith(".weight")))
+            device.cast(values, "F32", part)
     return parameters

@@ -31,7 +31,7 @@ def load(
     refresh: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
-    """Loads a GPT-2 checkpoint in Hugging Face layout.
+    """Loads a GPT-2, LLaMA or Mistral checkpoint in Hugging Face layout.
 
     Args:
         source: a folder, a `.safetensors` file beside its `config.json`, "tiny-gpt2" (the embedded

@@ -22,6 +22,15 @@ from model.memory import LOADING, largest, logits_needs, predict, weight_bytes
 PUBLISHED = {"gpt2": (498e6, 249e6), "gpt2-medium": (1.42e9, 0.71e9), "gpt2-large": (3.10e9, 1.55e9)}
 PUBLISHED["gpt2-xl"] = (6.23e9, 3.12e9)
 
+LLAMA = model.LlamaConfig(
+    vocab_size=5001,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+)
 SMALL = model.GPT2Config(vocab_size=5001, n_positions=512, n_embd=256, n_layer=6, n_head=4)
 PLACES = ("numpy", "torch", "cuda")
 
@@ -120,6 +129,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
         (SMALL, "float32", 8, 512),
         (SMALL, "float32", 1, 16),
         (SMALL, "float32", 1, 1),
+        (LLAMA, "float32", 1, 1000),
+        (LLAMA, "float16", 8, 64),
     ],
 )
 def test_resident_memory_grows_as_predicted_within_a_twentieth(config, dtype, batch, context):
