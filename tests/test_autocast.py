@@ -38,6 +38,14 @@ def norm_linear_by_hand(x, weight, bias, norm):
     return library.linear(*half(library.layer_norm(x, norm, norm), weight, bias))
 
 
+def rms_norm_linear(x, weight, norm):
+    return library.norm_linear(x, norm, None, weight, norm="rms", with_x=True)[0]
+
+
+def rms_norm_linear_by_hand(x, weight, norm):
+    return library.linear(*half(library.rms_norm(x, norm, eps=1e-5), weight))
+
+
 def attention(q, k, v):
     return library.attention(q, k, v)
 
@@ -74,6 +82,7 @@ CASES = {
     "linear": (linear, linear_by_hand, [(70, 20), (24, 20), (24,), (70, 24)]),
     "linear of few rows": (linear, linear_by_hand, [(3, 20), (24, 20), (24,), (3, 24)]),
     "norm_linear": (norm_linear, norm_linear_by_hand, [(3, 20), (24, 20), (24,), (20,)]),
+    "norm_linear, RMS": (rms_norm_linear, rms_norm_linear_by_hand, [(3, 20), (24, 20), (20,)]),
     "attention": (attention, attention_by_hand, [(2, 5, 2, 16)] * 3),
     "packed_attention": (packed_attention, packed_attention_by_hand, [(2, 5, 3, 2, 16)]),
     "matmul": (matmul, matmul_by_hand, [(5, 20), (20, 7)]),

@@ -83,6 +83,16 @@ REFUSED = {
         (lambda f, i: norm_linear(f(4), f(4), None, f(2, 4), eps=-0.5), ValueError, "eps must be 0 or more, got -0.5"),
         (lambda f, i: norm_linear(f(4), f(4), None, f(2, 4), activation=3), ValueError, f"{NO_ACTIVATION}, got 3"),
         (lambda f, i: norm_linear(f(1), i(1), None, f(2, 1)), TypeError, f"norm_weight {NO_FLOAT}, got int32"),
+        (
+            lambda f, i: norm_linear(f(4), f(4), None, f(2, 4), norm="rms_norm"),
+            ValueError,
+            "norm must be one of layer, rms, got 'rms_norm'",
+        ),
+        (
+            lambda f, i: norm_linear(f(4), f(4), f(4), f(2, 4), norm="rms"),
+            ValueError,
+            "norm_bias must be None with norm='rms', got (4,)",
+        ),
     ],
     matmul: [
         (lambda f, i: matmul(f(3), f(3, 2)), ValueError, "a and b must have 2 dimensions or more, got (3,) and (3, 2)"),
@@ -319,7 +329,9 @@ def test_a_float16_weight_is_widened_exactly(library, stored, rows):
     if stored != "(out, in)":
         half["weight"] = restrided(half["weight"], stored)
     check("linear", {"x": x, **{name: half[name] for name in ("weight", "bias", "residual")}}, activation="gelu")
-    check("norm_linear", {"x": x, **{name: half[name] for name in half if name != "residual"}})
+    norm = {"x": x, **{name: half[name] for name in half if name != "residual"}}
+    check("norm_linear", norm)
+    check("norm_linear", {name: norm[name] for name in norm if name != "norm_bias"}, norm="rms", norm_bias=None)
     check("layer_norm", {"x": x, "weight": half["norm_weight"], "bias": half["norm_bias"], "residual": x})
 
 

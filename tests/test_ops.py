@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import both, every_kind, numpy_kinds
-from truth import Kind, check
+from kinds import KINDS, both, every_kind, numpy_kinds
+from truth import Kind, check, rounded_once
 
 import gpukernels
 from gpukernels.numpy_ops.attention import _QUERIES as QUERIES
@@ -61,6 +61,27 @@ def test_norm_linear(kind, shape):
     y, x = gpukernels.norm_linear(**arrays | zeros, with_x=True)
     np.testing.assert_array_equal(host(y), host(plain))
     assert x is arrays["x"]
+
+
+@every_kind
+@every_shape
+def test_norm_linear_with_an_rms_norm(kind, shape):
+    width = shape[-1:]
+    arrays = kind.draws(x=shape, norm_weight=width, weight=(13, *width), bias=(13,))
+    for eps in (1e-6, 0.3):
+        check("norm_linear", arrays, norm="rms", norm_bias=None, eps=eps, activation="silu")
+    bare = {name: arrays[name] for name in ("x", "norm_weight", "weight")}
+    y, x = gpukernels.norm_linear(**bare, norm_bias=None, norm="rms", eps=1e-6, with_x=True)
+    h = gpukernels.rms_norm(arrays["x"], arrays["norm_weight"], eps=1e-6)
+    np.testing.assert_array_equal(host(y), host(gpukernels.linear(h, arrays["weight"])))
+    assert x is arrays["x"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "16" in kind.dtype], ids="-".join)
+@pytest.mark.parametrize("product", [False, True], ids=["alone", "before a product"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_norm_is_rounded_once(kind, product, norm):
+    rounded_once(norm, kind, (50, 300), product=product)
 
 
 @every_kind

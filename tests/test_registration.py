@@ -4,6 +4,8 @@ Runs twice: with the CPU implementations in plain torch, and once more with the 
 of the GPU's tests.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -188,8 +190,9 @@ def attend(q, k, v):
     return out * lse.mT[..., None]
 
 
-def block(x, norm_weight, up, down, bias):
-    y, x = library.norm_linear(x, norm_weight, None, up, bias, activation="gelu_new", with_x=True)
+def block(x, norm_weight, up, down, bias=None, norm="layer"):
+    options = {"norm": norm, "activation": "gelu_new", "with_x": True}
+    y, x = library.norm_linear(x, norm_weight, None, up, bias, **options)
     return library.matmul(library.linear(y, down, residual=x), down)
 
 
@@ -228,6 +231,7 @@ FUNCTIONS = {
     "attention": (attend, [(2, 5, 4, 16), (2, 7, 2, 16), (2, 7, 2, 16)]),
     "packed attention": (lambda qkv: library.packed_attention(qkv, window=4), [(2, 7, 3, 2, 16)]),
     "products": (block, [(4, 6, 20), (20,), (40, 20), (20, 40), (40,)]),
+    "products behind an RMS norm": (partial(block, norm="rms"), [(4, 6, 20), (20,), (40, 20), (20, 40)]),
     "losses": (losses, [(3, 4, 70)]),
     "linear losses": (linear_losses, [(3, 4, 20), (70, 20)]),
     "gated": (gated, [(4, 6, 40)]),

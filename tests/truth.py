@@ -5,7 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpukernels.verify.compare import forward
+import gpukernels
+from gpukernels.verify.compare import forward, host
+from gpukernels.verify.truth import TRUTHS, UNIT, bound
 
 
 class Kind(NamedTuple):
@@ -28,6 +30,24 @@ class Kind(NamedTuple):
 
     def draws(self, **shapes):
         return {name: self.draw(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+def rounded_once(norm, kind, shape, *, product):
+    """A 16-bit norm is off by one rounding and float32's errors: the product with the weight comes before it.
+
+    norm: "layer" or "rms". product: of `norm_linear`, whose weight is rows of the identity: nothing else is rounded
+    then, and they are few enough for the norm to be in the product's prologue.
+    """
+    name, width = f"{norm}_norm", shape[-1]
+    x, weight = kind.draw(*shape, spread=30), kind.draw(width, seed=1)
+    if product:
+        y = gpukernels.norm_linear(x, weight, None, kind.array(np.eye(20, width)), norm=norm, eps=1e-5)
+    else:
+        y = getattr(gpukernels, name)(x, weight, eps=1e-5)[..., :20]
+    truth = TRUTHS[name](host(x), host(weight), eps=1e-5)
+    value, single = (each[..., :20] for each in (truth.value, bound("float32", truth.length, truth.magnitude)))
+    tiny = 2.0**-25 if kind.dtype == "float16" else 0.0  # half of what is between its smallest numbers
+    assert (abs(host(y) - value) <= UNIT[kind.dtype] * (abs(value) + single) + single + tiny).all()
 
 
 def check(op, arrays, *, result_dtype=None, **options):

@@ -12,7 +12,7 @@ from gpukernels import torch_ops
 from gpukernels.kernels.matmul import long_product, product
 from gpukernels.kernels.matmul_backward import linear_backward
 from gpukernels.library.few_rows import few_rows
-from gpukernels.library.norm import layer_norm, layer_norm_and_x
+from gpukernels.library.norm import layer_norm, layer_norm_and_x, rms_norm, rms_norm_and_x
 from gpukernels.library.registry import autocast, autocast_dtype, define, differentiate, empty, wants_gradient
 from gpukernels.torch_ops.pointwise import ACTIVATIONS
 
@@ -143,14 +143,18 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return _linear(x, weight, bias, activation, residual, save_z)[0]
 
 
-def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None, with_x=False):
+def norm_linear(
+    x, norm_weight, norm_bias, weight, bias=None, *, norm="layer", eps=1e-5, activation=None, with_x=False
+):  # fmt: skip
+    rms = norm == "rms"
     if autocast_dtype(x) is None and _is_few(x, norm_weight, norm_bias, weight, bias):
-        y = few_rows(x, weight, bias, norm=(norm_weight, norm_bias, eps, True), activation=activation)
-    elif with_x and wants_gradient(x):
-        h, x = layer_norm_and_x(x, norm_weight, norm_bias, eps)
-        y = linear(h, weight, bias, activation=activation)
+        y = few_rows(x, weight, bias, norm=(norm_weight, norm_bias, eps, not rms), activation=activation)
+        return (y, x) if with_x else y
+    if with_x and wants_gradient(x):
+        h, x = rms_norm_and_x(x, norm_weight, eps) if rms else layer_norm_and_x(x, norm_weight, norm_bias, eps)
     else:
-        y = linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+        h = rms_norm(x, norm_weight, eps=eps) if rms else layer_norm(x, norm_weight, norm_bias, eps=eps)
+    y = linear(h, weight, bias, activation=activation)
     return (y, x) if with_x else y
 
 

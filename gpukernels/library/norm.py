@@ -103,34 +103,45 @@ def _define_norm(name: str, *, center: bool) -> tuple[Callable, Callable]:
 
 
 _layer_norm, _layer_norm_backward = _define_norm("layer_norm", center=True)
-_rms_norm, _ = _define_norm("rms_norm", center=False)
+_rms_norm, _rms_norm_backward = _define_norm("rms_norm", center=False)
 
 
-def _and_x_differentiated(ctx, dy, dx):
-    """What comes back along x is to the backward kernel what comes back along the sum with a residual."""
-    if dy is None:
-        return dx, None, None, None
-    needs = ctx.needs_input_grad[:3]
-    found = _layer_norm_backward(dy, dx, *ctx.saved_tensors, needs)
-    return *(each if need else None for each, need in zip(found, needs, strict=True)), None
+def _define_and_x(forward_op: Callable, backward_op: Callable) -> type[torch.autograd.Function]:
+    """A norm of x, and x itself, which an op must not return, but a node of the graph may."""
+
+    def differentiated(ctx, dy, dx):
+        """What comes back along x is to the backward kernel what comes back along the sum with a residual."""
+        if dy is None:
+            return dx, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        found = backward_op(dy, dx, *ctx.saved_tensors, needs)
+        return *(each if need else None for each, need in zip(found, needs, strict=True)), None
+
+    class AndX(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, eps):
+            y, _, mean, rstd = forward_op(x, weight, bias, None, eps)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, weight, mean, rstd)
+            return y, x.view_as(x)
+
+        backward = staticmethod(only_once(forward_op.name(), differentiated))
+
+    return AndX
 
 
-class _AndX(torch.autograd.Function):
-    """Layer norm of x, and x itself, which an op must not return, but a node of the graph may."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        y, _, mean, rstd = _layer_norm(x, weight, bias, None, eps)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        return y, x.view_as(x)
-
-    backward = staticmethod(only_once("gpukernels::layer_norm", _and_x_differentiated))
+_LayerNormAndX = _define_and_x(_layer_norm, _layer_norm_backward)
+_RmsNormAndX = _define_and_x(_rms_norm, _rms_norm_backward)
 
 
 def layer_norm_and_x(x, weight, bias, eps):
     """y and x; the gradient of x, which must want one, is made in one launch from those of both."""
-    return _AndX.apply(x, weight, bias, eps)
+    return _LayerNormAndX.apply(x, weight, bias, eps)
+
+
+def rms_norm_and_x(x, weight, eps):
+    """As `layer_norm_and_x`."""
+    return _RmsNormAndX.apply(x, weight, None, eps)
 
 
 def layer_norm(x, weight, bias=None, *, eps=1e-5, residual=None):

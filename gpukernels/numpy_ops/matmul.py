@@ -6,7 +6,7 @@ import numpy as np
 
 from gpukernels.cast import widen_float16
 from gpukernels.numpy_ops.blocks import compute_dtype, row_blocks
-from gpukernels.numpy_ops.norm import layer_norm
+from gpukernels.numpy_ops.norm import layer_norm, rms_norm
 from gpukernels.numpy_ops.pointwise import ACTIVATIONS
 
 # Elements of float16 weight widened at a time.
@@ -33,8 +33,11 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return y if compute == x.dtype else y.astype(x.dtype)
 
 
-def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None, with_x=False):
-    y = linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+def norm_linear(
+    x, norm_weight, norm_bias, weight, bias=None, *, norm="layer", eps=1e-5, activation=None, with_x=False
+):  # fmt: skip
+    h = rms_norm(x, norm_weight, eps=eps) if norm == "rms" else layer_norm(x, norm_weight, norm_bias, eps=eps)
+    y = linear(h, weight, bias, activation=activation)
     return (y, x) if with_x else y
 
 

@@ -11,6 +11,9 @@ from gpukernels.ops.checks import (
     shape,
 )
 
+#: Norms of `norm_linear`: `layer_norm` and `rms_norm`.
+NORMS = ("layer", "rms")
+
 
 def linear(
     x: Array,
@@ -53,31 +56,45 @@ def norm_linear(
     weight: Array,
     bias: Array | None = None,
     *,
+    norm: str = "layer",
     eps: float = 1e-5,
     activation: str | None = None,
     with_x: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """activation(layer_norm(x, norm_weight, norm_bias, eps) @ weight.T + bias), what a decode step fuses.
+    """activation(h @ weight.T + bias), what a decode step fuses, with h the norm of x.
+
+    h = layer_norm(x, norm_weight, norm_bias, eps=eps), or rms_norm(x, norm_weight, eps=eps) with norm="rms".
 
     Args:
         x: (..., C).
-        norm_weight, norm_bias: (C,), of the layer norm; the bias may be None.
+        norm_weight: (C,).
+        norm_bias: (C,) or None; None with norm="rms", which has none.
         weight: (N, C).
         bias: (N,) or None.
-        eps: of the layer norm; not negative.
+        norm: one of `NORMS`: "layer" or "rms".
+        eps: added to the variance, or to the mean of squares; not negative. The default is `layer_norm`'s for both.
         activation: one of `ACTIVATIONS`, or None.
         with_x: also return x, for the residual connection around what is computed here: the gradient that comes
             back along it is added where the norm's is made, and not by a pass of its own.
 
     Returns:
-        y (..., N), of x's dtype; or (y, x). Raises as `layer_norm` and `linear` do.
+        y (..., N), of x's dtype; or (y, x).
+
+    Raises:
+        TypeError, ValueError: as `layer_norm`, `rms_norm` and `linear` do; an unknown norm, a norm_bias with "rms".
+
+    Numerics: h is rounded to x's dtype once, behind the product with norm_weight.
     """
     arrays = {"x": x, "norm_weight": norm_weight, "weight": weight}
     run = implementation("norm_linear", arrays, norm_bias=norm_bias, bias=bias)
     check_floats("norm_linear", **arrays, norm_bias=norm_bias, bias=bias)
+    if norm not in NORMS:
+        raise ValueError(f"norm_linear: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm == "rms" and norm_bias is not None:
+        raise ValueError(f"norm_linear: norm_bias must be None with norm='rms', got {shape(norm_bias)}")
     check_norm("norm_linear", x, norm_weight, norm_bias, eps, "norm_weight", "norm_bias")
     check_product("norm_linear", x, weight, bias, activation)
-    options = {"eps": eps, "activation": activation, "with_x": with_x}
+    options = {"norm": norm, "eps": eps, "activation": activation, "with_x": with_x}
     return run.norm_linear(x, norm_weight, norm_bias, weight, bias, **options)
 
 

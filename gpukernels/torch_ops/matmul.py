@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from gpukernels.torch_ops.norm import layer_norm
+from gpukernels.torch_ops.norm import layer_norm, rms_norm
 from gpukernels.torch_ops.pointwise import ACTIVATIONS, widen
 
 
@@ -14,8 +14,11 @@ def linear(x, weight, bias=None, *, activation=None, residual=None):
     return y if residual is None else y + residual.to(x.dtype)
 
 
-def norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None, with_x=False):
-    y = linear(layer_norm(x, norm_weight, norm_bias, eps=eps), weight, bias, activation=activation)
+def norm_linear(
+    x, norm_weight, norm_bias, weight, bias=None, *, norm="layer", eps=1e-5, activation=None, with_x=False
+):  # fmt: skip
+    h = rms_norm(x, norm_weight, eps=eps) if norm == "rms" else layer_norm(x, norm_weight, norm_bias, eps=eps)
+    y = linear(h, weight, bias, activation=activation)
     return (y, x) if with_x else y
 
 

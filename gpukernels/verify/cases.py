@@ -86,6 +86,8 @@ def norm_linears(draw: Draw) -> Iterator[Case]:
         given = draw.named(x=(M, K), norm_weight=(K,), norm_bias=(K,), weight=(N, K), bias=(N,))
         yield Case(f"{M} x {K} -> {N}", given, {"activation": "gelu_new"})
         yield Case(f"{M} x {K} -> {N}, eps 0.1", given, {"eps": 0.1})
+        rms = {"norm": "rms", "norm_bias": None, "eps": 1e-6, "with_x": True}
+        yield Case(f"{M} x {K} -> {N}, RMS norm", {name: given[name] for name in ("x", "norm_weight", "weight")}, rms)
 
 
 def matmuls(draw: Draw) -> Iterator[Case]:

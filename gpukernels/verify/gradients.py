@@ -6,7 +6,7 @@ of the sum)}.
 
 import numpy as np
 
-from gpukernels.verify.truth import STEEPEST, true_rope
+from gpukernels.verify.truth import STEEPEST, normed, true_rope
 
 
 def layer_norm(x, weight, douts, bias=None, residual=None, *, eps=1e-5):
@@ -59,6 +59,21 @@ def linear(x, weight, douts, bias=None, residual=None, *, activation=None):
         "bias": (dz.sum(0), M + K),
         "residual": (abs(dy), 1),
     }
+
+
+def norm_linear(
+    x, norm_weight, norm_bias, weight, douts, bias=None, *, norm="layer", eps=1e-5, activation=None, with_x=False
+):  # fmt: skip
+    """The product's, then the norm's of what comes back to it."""
+    h = normed(x, norm_weight, norm_bias, norm, eps)
+    product = linear(h.magnitude, weight, douts[:1], bias, activation=activation)
+    dh, length = product["x"]
+    sizes = _norm(x, norm_weight, [dh], None, eps, center=norm == "layer")
+    behind = {"x": "x", "norm_weight": "weight", "norm_bias": "bias"}
+    found = {name: (sizes[own][0], sizes[own][1] + length) for name, own in behind.items()}
+    if with_x:
+        found["x"] = (found["x"][0] + abs(douts[1]), found["x"][1])
+    return found | {name: product[name] for name in ("weight", "bias")}
 
 
 def matmul(a, b, douts):
@@ -144,5 +159,8 @@ def embedding(ids, weight, douts, positions=None, position_weight=None):
 
 GRADIENTS = {
     each.__name__: each
-    for each in (layer_norm, rms_norm, linear, matmul, attention, packed_attention, gelu, swiglu, rope, embedding)
+    for each in (
+        *(layer_norm, rms_norm, linear, norm_linear, matmul, attention, packed_attention),
+        *(gelu, swiglu, rope, embedding),
+    )
 }

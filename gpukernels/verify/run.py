@@ -190,7 +190,7 @@ OPS = {
     ),
     "rms_norm": Op(partial(cases.norms, bias=False), _result("rms_norm"), _gradients("rms_norm"), ("x", "residual")),
     "linear": Op(cases.linears, _result("linear"), _gradients("linear"), ("x",)),
-    "norm_linear": Op(cases.norm_linears, _result("norm_linear"), huge=("x",)),
+    "norm_linear": Op(cases.norm_linears, _result("norm_linear"), _gradients("norm_linear"), ("x",)),
     "matmul": Op(cases.matmuls, _result("matmul"), _gradients("matmul"), ("a",)),
     "attention": Op(cases.attentions, _result("attention"), _gradients("attention"), ("v",)),
     "packed_attention": Op(cases.packed_attentions, _result("packed_attention"), _gradients("packed_attention")),

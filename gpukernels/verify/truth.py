@@ -83,10 +83,18 @@ def true_linear(x, weight, bias=None, *, activation=None, residual=None, x_magni
     return Truth(value, STEEPEST * size, x.shape[-1])
 
 
-def true_norm_linear(x, norm_weight, norm_bias, weight, bias=None, *, eps=1e-5, activation=None):
-    norm = true_layer_norm(x, norm_weight, norm_bias, eps=eps)
-    size = norm.magnitude + abs(norm.value)
-    return true_linear(norm.value, weight, bias, activation=activation, x_magnitude=size)
+def true_norm_linear(
+    x, norm_weight, norm_bias, weight, bias=None, *, norm="layer", eps=1e-5, activation=None, with_x=False
+):  # fmt: skip
+    h = normed(x, norm_weight, norm_bias, norm, eps)
+    y = true_linear(h.value, weight, bias, activation=activation, x_magnitude=h.magnitude)
+    return (y, Truth(x, 0 * x, 1)) if with_x else y
+
+
+def normed(x, weight, bias, norm: str, eps: float) -> Truth:
+    """What `norm_linear` multiplies: the norm of x; as large as it counts in a sum of products."""
+    h = true_rms_norm(x, weight, eps=eps) if norm == "rms" else true_layer_norm(x, weight, bias, eps=eps)
+    return h._replace(magnitude=h.magnitude + abs(h.value))
 
 
 def true_matmul(a, b):

@@ -91,14 +91,15 @@ def test_a_product_in_passes_and_heads_that_share_keys(monkeypatch):
     assert faults(launches) == []
 
 
-def test_a_norm_by_itself_in_front_of_a_product(monkeypatch):
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_norm_by_itself_in_front_of_a_product(norm, monkeypatch):
     """As in front of a head that is too wide for a norm in every program."""
     monkeypatch.setattr(few_rows, "_NORMS", 0)
     x, weight = torch.randn(3, 64).half(), torch.randn(72, 64).half()
     norm_weight, norm_bias = torch.randn(64).half(), torch.randn(64).half()
     with chain() as launches, dependent_launches():
         x = gpukernels.linear(x, weight[:64])
-        gpukernels.norm_linear(x, norm_weight, norm_bias, weight)
+        gpukernels.norm_linear(x, norm_weight, norm_bias if norm == "layer" else None, weight, norm=norm)
     names = ["_few_rows_kernel", "_norm_forward_kernel", "_few_rows_kernel"]
     assert [launch.name for launch in launches if launch.dependent] == names
     assert [bool(launch.hasty) for launch in launches] == [True, False, True]

@@ -263,7 +263,11 @@ def test_the_public_products_come_here_for_few_rows_without_a_gradient(rows, mon
     check_public("linear", given, activation="relu")
     norm = SINGLE.draws(x=(rows, 8), norm_weight=(8,), norm_bias=(8,), weight=(5, 8), bias=(5,))
     check_public("norm_linear", norm, activation="gelu")
-    assert called == ([rows, rows] if rows <= 64 else [])
+    # LLaMA's, which have no biases.
+    bare = {name: norm[name] for name in ("x", "norm_weight", "weight")}
+    check_public("norm_linear", bare, norm="rms", norm_bias=None, eps=1e-6, with_x=True)
+    check_public("linear", {name: given[name] for name in ("x", "weight", "residual")})
+    assert called == ([rows] * 4 if rows <= 64 else [])
     called.clear()
     gpukernels.linear(given["x"].requires_grad_(), given["weight"])
     assert called == []

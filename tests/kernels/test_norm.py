@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, HALF, KINDS, SINGLE, check_gradients, ids
-from truth import check
+from kernel_cases import DEVICE, DOT_KINDS, HALF, KINDS, SINGLE, check_gradients, ids
+from truth import check, rounded_once
 
 import gpukernels
 from gpukernels.kernels import tiles
+from gpukernels.library import norm as norm_library
 from gpukernels.verify.layouts import LAYOUTS
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=ids)
@@ -96,14 +97,38 @@ def test_a_result_nobody_used_has_no_gradient():
             assert torch.equal(gradients[0], torch.ones_like(gradients[0]))
 
 
+def before_a_product(name, kind, x, outputs, *, bias=True):
+    """Arrays of `norm_linear` with this norm in it, and its options."""
+    width = x[-1]
+    given = kind.draws(x=x, norm_weight=(width,), norm_bias=(width,), weight=(outputs, width), bias=(outputs,))
+    left_out = {*(() if name == "layer_norm" else ("norm_bias",)), *(() if bias else ("norm_bias", "bias"))}
+    given = {key: array for key, array in given.items() if key not in left_out}
+    options = {"norm": name.removesuffix("_norm"), "eps": 1e-5}
+    return given, options | ({} if "norm_bias" in given else {"norm_bias": None})
+
+
+# Few rows, and more than few; rows that are wider than the few-row kernel, and the norm's, has room for.
+@names
+@pytest.mark.parametrize("kind", DOT_KINDS, ids=ids)
+@pytest.mark.parametrize("shape", [(1, 20, 40), (2, 3, 20, 40), (70, 24, 33), (3, 5, 8200)], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["biases", "no bias"])
+def test_before_a_product(name, kind, shape, bias):
+    *x, outputs, width = shape
+    given, options = before_a_product(name, kind, (*x, width), outputs, bias=bias)
+    check("norm_linear", given, **options, activation="silu")
+    for with_x in (False, True):
+        check_gradients("norm_linear", given, **options, with_x=with_x)
+
+
+@names
 @pytest.mark.parametrize("kind", [HALF, SINGLE], ids=ids)
-def test_the_gradient_along_x_is_added_in_the_backward_kernel(kind):
+def test_the_gradient_along_x_is_added_in_the_backward_kernel(name, kind):
     """Of `norm_linear(..., with_x=True)`, to the bit as along the sum of x and a residual of zeros."""
-    given = kind.draws(x=(5, 14, 40), norm_weight=(40,), norm_bias=(40,), weight=(24, 40))
-    leaves = {name: array.requires_grad_() for name, array in given.items()}
-    y, x = gpukernels.norm_linear(**leaves, with_x=True)
-    zeros = torch.zeros_like(x)
-    h, total = gpukernels.layer_norm(leaves["x"], leaves["norm_weight"], leaves["norm_bias"], residual=zeros)
+    given, options = before_a_product(name, kind, (5, 14, 40), 24, bias=name == "layer_norm")
+    leaves = {key: array.requires_grad_() for key, array in given.items() if key != "bias"}
+    y, x = gpukernels.norm_linear(**leaves, **options, with_x=True)
+    norm = {key.removeprefix("norm_"): leaves[key] for key in ("norm_weight", "norm_bias") if key in leaves}
+    h, total = getattr(gpukernels, name)(leaves["x"], **norm, eps=1e-5, residual=torch.zeros_like(x))
     wanted = gpukernels.linear(h, leaves["weight"])
     assert torch.equal(y, wanted)
     assert torch.equal(x, leaves["x"])
@@ -130,6 +155,32 @@ def test_the_same_bits_every_time_and_whatever_the_neighbours(name):
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
     alone, _ = getattr(gpukernels, name)(**given | {"x": given["x"][5:6], "residual": given["residual"][5:6]})
     assert torch.equal(alone[0], runs[0][0][5])
+
+
+@names
+@pytest.mark.parametrize("rows", [50, 70])
+@pytest.mark.parametrize("product", [False, True], ids=["alone", "before a product"])
+def test_a_norm_is_rounded_once(name, rows, product):
+    rounded_once(name.removesuffix("_norm"), HALF, (rows, 300), product=product)
+
+
+@names
+def test_the_gradient_along_x_takes_no_launch_more(name, monkeypatch):
+    given, options = before_a_product(name, HALF, (70, 40), 24)
+    leaves = {key: array.requires_grad_() for key, array in given.items()}
+    added = []
+    backward = norm_library.norm_backward
+
+    def seen(dy, dtotal, *arguments, **needs):
+        added.append(dtotal)
+        return backward(dy, dtotal, *arguments, **needs)
+
+    monkeypatch.setattr(norm_library, "norm_backward", seen)
+    y, x = gpukernels.norm_linear(**leaves, **options, with_x=True)
+    along_x = torch.ones_like(x)
+    torch.autograd.grad((y, x), list(leaves.values()), (torch.ones_like(y), along_x))
+    assert len(added) == 1
+    assert torch.equal(added[0], along_x)
 
 
 def test_a_large_mean_and_large_values_lose_nothing():

@@ -42,6 +42,10 @@ CALLS = {
     "linear": (products(70) | {"residual": floats(70, 12)}, {"activation": "gelu"}),
     "norm_linear, few rows": (products(4) | {"norm_weight": floats(24), "norm_bias": floats(24)}, {}),
     "norm_linear": (products(70) | {"norm_weight": floats(24), "norm_bias": floats(24)}, {}),
+    **{
+        f"norm_linear, RMS{few}": ({**products(rows), "norm_weight": floats(24)}, {"norm": "rms", "norm_bias": None})
+        for few, rows in ((", few rows", 4), ("", 70))
+    },
     "matmul": ({"a": floats(2, 4, 24), "b": floats(2, 24, 12)}, {}),
     "embedding": (
         {"ids": below(5, 2, 3), "weight": floats(5, 8), "positions": below(4, 2, 3), "position_weight": floats(4, 8)},
