@@ -19,6 +19,7 @@ from gpukernels import (
     embedding,
     linear,
     linear_cross_entropy,
+    norm_linear,
     rms_norm,
     rope,
     swiglu,
@@ -200,9 +201,10 @@ def _gate_and_up(p: Mapping, config: LlamaConfig, x):
 
 def _products(p: Mapping, config: LlamaConfig, x, norm: str, names: tuple[str, ...]) -> list:
     """The products of the normed x with several weights; one, where these lie together."""
-    if f"{_JOINED[names[0]]}.weight" in p:
-        names = (_JOINED[names[0]],)
-    x = rms_norm(x, p[f"{norm}.weight"], eps=config.rms_norm_eps)
+    scale, eps, joined = p[f"{norm}.weight"], config.rms_norm_eps, _JOINED[names[0]]
+    if f"{joined}.weight" in p:
+        return [norm_linear(x, scale, None, p[f"{joined}.weight"], p.get(f"{joined}.bias"), norm="rms", eps=eps)]
+    x = rms_norm(x, scale, eps=eps)
     return [linear(x, p[f"{name}.weight"], p.get(f"{name}.bias")) for name in names]
 
 
@@ -224,7 +226,7 @@ def unembed(parameters: Parameters, config: LlamaConfig, x):
     """Logits (..., V) of hidden states (..., C)."""
     root = parameters.root
     head = parameters.padded["head.weight" if "head.weight" in root else "tokens.weight"]
-    logits = linear(rms_norm(x, root["norm.weight"], eps=config.rms_norm_eps), head)
+    logits = norm_linear(x, root["norm.weight"], None, head, norm="rms", eps=config.rms_norm_eps)
     return logits[..., : config.vocab_size]
 
 
