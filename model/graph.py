@@ -40,6 +40,18 @@ def prompt_sizes(tokens: int, capacity: int) -> list[int]:
     return sorted({size for size in (filled_up(power, capacity) for power in powers) if size <= CHUNK})
 
 
+_ALWAYS = 8192  # positions that there is room for however few are asked for, where the model has so many
+
+
+def captured_capacity(tokens: int, positions: int) -> int:
+    """What a captured cache has room for where rows of `tokens` are asked for and the model has so many `positions`.
+
+    All of them, up to `_ALWAYS`; beyond, the tokens filled up to a power of two: there are few sizes, each captured
+    once, and a model of 131,072 positions does not take the memory of them all for every question.
+    """
+    return min(max(_ALWAYS, 1 << (tokens - 1).bit_length()), positions)
+
+
 _WIDEST = 256  # wider heads have no kernel, and plain torch's attention asks the device for values
 
 

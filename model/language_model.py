@@ -16,7 +16,7 @@ from model.decoder import Decoder
 from model.device import Device
 from model.errors import ContextError, ModelError
 from model.generate import Generation, Limits, Row, run
-from model.graph import GraphDecoder, can_capture
+from model.graph import GraphDecoder, can_capture, captured_capacity
 from model.load import Filled
 from model.memory import Ledger, logits_needs, place_of, predict
 from model.parameters import Parameters
@@ -37,6 +37,7 @@ class LanguageModel:
 
     Attributes:
         config: shape and arithmetic.
+        positions: how many tokens a row may have, prompt and answer: the model's own limit, or a lower one.
         parameters: the weights by name; assigning checks shape and dtype and copies.
         tokenizer: or None where the checkpoint has none.
         eos_token_ids: the ids that end a text.
@@ -56,10 +57,12 @@ class LanguageModel:
         folder: Path | None = None,
         notices: Sequence[str] = (),
         filled: Filled | None = None,
+        positions: int | None = None,
     ):
         self.config, self.parameters, self.tokenizer = config, parameters, tokenizer
         self.eos_token_ids = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self.notices, self.filled = list(notices), filled
+        self.positions = config.n_positions if positions is None else positions
         self._values, self._folder = values or {}, folder
         self._idle: GraphDecoder | None = None
 
@@ -68,7 +71,7 @@ class LanguageModel:
 
         Args:
             ids: (T,) or (B, T) token ids: a list, or an array of NumPy or torch. T is at most
-                `config.n_positions`.
+                `positions`.
 
         Returns:
             (B, T, V) float32, on the host; B is 1 for one sequence.
@@ -83,8 +86,8 @@ class LanguageModel:
         if ids.ndim != 2:
             raise ModelError(f"ids must be (T,) or (B, T), got {ids.shape}")
         new = ids.shape[1]
-        if new > self.config.n_positions:
-            raise ContextError(f"ids have {new} tokens, but the model has {self.config.n_positions} positions")
+        if new > self.positions:
+            raise ContextError(f"ids have {new} tokens, but the model has {self.positions} positions")
         device = self.parameters.device
         needs = logits_needs(self.config, self.parameters.dtype, place_of(device), ids.size)
         with room_for(device, needs, f"logits of {ids.shape[0]} x {new} tokens", "give fewer rows, or shorter ones"):
@@ -243,14 +246,13 @@ class LanguageModel:
 
         Args:
             batch_size: how many run together; others wait. Their keys and values are allocated here, for all
-                positions of the model.
+                `positions`.
         """
         batch_size = require_count("batch_size", batch_size)
-        positions = self.config.n_positions
-        room = partial(explained, *self._room(batch_size, positions))
+        room = partial(explained, *self._room(batch_size, self.positions))
         with room():
-            decoder = self._decoder(batch_size, positions)
-        return Batch(self._row, decoder, Limits(positions, frozenset()), self._give_back, batch_size, room)
+            decoder = self._decoder(batch_size, self.positions)
+        return Batch(self._row, decoder, Limits(self.positions, frozenset()), self._give_back, batch_size, room)
 
     def warm_up(self, batch_size: int = 1) -> float:
         """Compiles and captures what so many rows need on CUDA, for all calls to come; the seconds that it took.
@@ -260,8 +262,8 @@ class LanguageModel:
         batch_size = require_count("batch_size", batch_size)
         if not can_capture(self.parameters, self.config):
             return 0.0
-        with explained(*self._room(batch_size, self.config.n_positions)):
-            decoder, started = self._decoder(batch_size, self.config.n_positions), time.perf_counter()
+        with explained(*self._room(batch_size, 1)):
+            decoder, started = self._decoder(batch_size, 1), time.perf_counter()
             decoder.warm_up()
         self._give_back(decoder)
         return time.perf_counter() - started
@@ -296,16 +298,17 @@ class LanguageModel:
         """
         from model.footprint import report
 
-        context = self.config.n_positions if context is None else context
+        context = self.positions if context is None else context
         batch = require_count("batch", batch)
         context = require_count("context", context)
-        if context > self.config.n_positions:
-            raise ContextError(f"context must be 1 to {self.config.n_positions}, the model's positions, got {context}")
+        if context > self.positions:
+            raise ContextError(f"context must be 1 to {self.positions}, the model's positions, got {context}")
         return report(self, self._ledger(batch, context), measure=measure)
 
     def _ledger(self, batch: int, context: int) -> Ledger:
         place, head = place_of(self.parameters.device), "head.weight" in self.parameters
-        return predict(self.config, self.parameters.dtype, place, head=head, batch=batch, context=context)
+        sizes = {"batch": batch, "context": context, "positions": self.positions}
+        return predict(self.config, self.parameters.dtype, place, head=head, **sizes)
 
     def load_adapter(self, folder: str | Path) -> None:
         """Adds a LoRA adapter in PEFT's layout to the weights, in place; to be without it, load the model again.
@@ -332,13 +335,13 @@ class LanguageModel:
         """What a decoder takes and where, what it is for, and what to do where there is not as much."""
         needs = self._ledger(rows, capacity).needs
         what = f"generating {rows} rows of up to {capacity} tokens"
-        # Captured, the cache has room for every position, however few the tokens are.
+        # Captured, the cache has room for more, however few the tokens are.
         remedy = "reduce batch_size" + ("" if can_capture(self.parameters, self.config) else ", or the tokens")
         return self.parameters.device, needs, what, remedy
 
     def _decoder(self, rows: int, capacity: int) -> Decoder:
         # One with its graphs is kept from call to call; a call beside another has its own.
-        if self._idle is not None and self._idle.rows >= rows:
+        if self._idle is not None and self._idle.rows >= rows and self._idle.capacity >= capacity:
             idle, self._idle = self._idle, None
             return idle
         self._idle = None
@@ -347,8 +350,9 @@ class LanguageModel:
         known = min(self.config.vocab_size, self.tokenizer.size) if self.tokenizer else self.config.vocab_size
         if not can_capture(self.parameters, self.config):
             return Decoder(self.parameters, self.config, rows=rows, capacity=capacity, vocabulary=known)
-        kind, positions = graph_decoder(self.parameters, self.config), self.config.n_positions
-        return kind(self.parameters, self.config, rows=rows, capacity=positions, vocabulary=known)
+        capacity = captured_capacity(capacity, self.positions)
+        kind = graph_decoder(self.parameters, self.config)
+        return kind(self.parameters, self.config, rows=rows, capacity=capacity, vocabulary=known)
 
     def _give_back(self, decoder: Decoder) -> None:
         for row in range(decoder.rows):
@@ -360,4 +364,5 @@ class LanguageModel:
             self._idle = decoder
 
     def _request(self, prompt: Any, sampling: Sampling, **options: Any) -> Request:
-        return read_request(prompt, self.config, self.tokenizer, eos=self.eos_token_ids, sampling=sampling, **options)
+        limits = {"positions": self.positions, "eos": self.eos_token_ids}
+        return read_request(prompt, self.config, self.tokenizer, **limits, sampling=sampling, **options)

@@ -11,7 +11,7 @@ from model.architecture import architecture
 from model.check import vocabulary_notices
 from model.config import PRESETS, Config, generation_eos, read_config
 from model.device import Device, choose_device, choose_dtype
-from model.errors import ConfigError, LoadNotice, ModelError
+from model.errors import ConfigError, ContextError, LoadNotice, ModelError
 from model.language_model import LanguageModel
 from model.load import fill, fill_random, locate, plan
 from model.memory import LOADING, weight_bytes
@@ -29,6 +29,7 @@ def load(
     local_files_only: bool = False,
     token: str | bool | None = None,
     refresh: bool = False,
+    context: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanguageModel:
     """Loads a GPT-2, LLaMA or Mistral checkpoint in Hugging Face layout.
@@ -45,6 +46,8 @@ def load(
         revision: a branch, tag or commit of the Hub's repository.
         cache_dir, local_files_only, token: as in `huggingface_hub`.
         refresh: ask the Hub for a newer commit although the model is in the cache.
+        context: how many tokens a row may have, prompt and answer; default all positions of the model. Keys and
+            values take memory for them where rows are kept ready: `LanguageModel.batch`, overflow="slide", CUDA.
         progress: called with the bytes read and the bytes to read.
 
     Returns:
@@ -68,6 +71,7 @@ def load(
         refresh=refresh,
     )
     planned = plan(path)
+    context = _positions(context, planned.config)
     tokenizer = Tokenizer.from_folder(planned.folder)
     eos = generation_eos(planned.folder)
     chosen = choose_dtype(dtype, place, planned.stored)
@@ -87,6 +91,7 @@ def load(
         values=planned.values,
         folder=planned.folder,
         notices=notices,
+        positions=context,
     )
 
 
@@ -115,6 +120,14 @@ def from_config(config: str | Config, *, seed: int = 0, device: Any = "auto", dt
     with _room_for_weights(place, config, dtype, name):
         parameters = fill_random(architecture(config).slots(config), config, place, dtype, seed)
     return LanguageModel(config, parameters)
+
+
+def _positions(context: Any, config: Config) -> int:
+    if context is None:
+        return config.n_positions
+    if not (whole(context) and 1 <= context <= config.n_positions):
+        raise ContextError(f"context must be 1 to {config.n_positions}, the model's positions, got {context!r}")
+    return int(context)
 
 
 def _room_for_weights(

@@ -16,7 +16,7 @@ from model.architecture import architecture
 from model.config import Config
 from model.decoder import CHUNK
 from model.device import WIDTHS, Device, NumpyDevice, sees_gpu
-from model.graph import is_capturable, prompt_sizes
+from model.graph import captured_capacity, is_capturable, prompt_sizes
 from model.parameters import padded_sizes
 
 #: Whose memory: NumPy's, that of plain torch on the CPU, or a GPU's.
@@ -54,8 +54,8 @@ class Ledger:
     Attributes:
         dtype: of the weights.
         weights: with the padded rows of token tables, and each parameter's alignment.
-        kv_cache: keys and values. Captured decoding on CUDA has room for all of the model's positions,
-            whatever the context is; NumPy keeps float32.
+        kv_cache: keys and values. Captured decoding on CUDA has room for more than the context
+            (`model.graph.captured_capacity`); NumPy keeps float32.
         activations: what stands between the ops where it is most, in the prefill of one row; captured, with what
             prompts are filled up with.
         logits: of the position of each row that is unembedded; captured, also one row for each length that prompts
@@ -126,22 +126,25 @@ def predict(
     head: bool | None = None,
     batch: int = 1,
     context: int | None = None,
+    positions: int | None = None,
 ) -> Ledger:
     """The memory of a model with weights in `dtype`, and of `batch` sequences of `context` tokens.
 
     Args:
         head: whether it has an output matrix of its own; default as the config says.
         context: tokens of a row, prompt and answer; default all positions.
+        positions: how many the runtime uses at most; default all that the model has.
     """
-    context = config.n_positions if context is None else context
+    positions = config.n_positions if positions is None else positions
+    context = positions if context is None else context
     width = 4 if place == "numpy" else WIDTHS[dtype]  # of what is computed
     captured = place == "cuda" and is_capturable(config)
-    positions = config.n_positions if captured else context
-    sizes = prompt_sizes(context, positions) if captured else []
+    room = captured_capacity(context, positions) if captured else context
+    sizes = prompt_sizes(context, room) if captured else []
     tokens = max([min(context, CHUNK), *sizes])
     ledger = {
         "weights": weight_bytes(config, dtype, head=head),
-        "kv_cache": 2 * config.n_layer * batch * positions * config.kv_heads * config.head_width * width,
+        "kv_cache": 2 * config.n_layer * batch * room * config.kv_heads * config.head_width * width,
         "activations": max(tokens, batch) * architecture(config).live(config) * width,
         "logits": (batch + len(sizes)) * _vocabulary(config) * width,
     }

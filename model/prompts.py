@@ -66,7 +66,7 @@ def few_shot(
     shots = [f"{input_label} {given}\n{output_label} {answer}" for given, answer in examples]
     text = separator.join([*([instruction] if instruction else []), *shots, f"{input_label} {query}\n{output_label}"])
     tokens = len(lm.tokenizer.encode(text))
-    limit = lm.config.n_positions
+    limit = lm.positions
     if tokens + max_new_tokens > limit:
         raise ContextError(
             f"the prompt has {tokens} tokens ({len(examples)} examples) and the answer may have {max_new_tokens}, "

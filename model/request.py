@@ -31,6 +31,7 @@ def read_request(
     config: Config,
     tokenizer: Tokenizer | None,
     *,
+    positions: int,
     eos: Sequence[int],
     sampling: Sampling,
     max_new_tokens: Any,
@@ -54,7 +55,7 @@ def read_request(
         require_tokenizer(tokenizer, "stop strings")
 
     prompts, single = _prompts(prompt, config, tokenizer)
-    limits = Limits(config.n_positions, frozenset(eos), overflow, max_new_tokens)
+    limits = Limits(positions, frozenset(eos), overflow, max_new_tokens)
     rows = [
         Row(
             prompts[row // n],

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import reference
 import torch
+from decoding import replayed
 from reference import PATHS, Judge, from_pretrained, read_config, read_weights
 
 import model
 from model import llama
 from model.config import PRESETS
 from model.config import read_config as read
-from model.errors import CheckpointError, ConfigError, LoadNotice
+from model.errors import CheckpointError, ConfigError, ContextError, LoadNotice
+from model.graph import GraphDecoder, captured_capacity
 from model.llama_config import LlamaConfig, Rope
-from model.memory import parameter_count
+from model.memory import parameter_count, predict
 
 paths = pytest.mark.parametrize("path", PATHS)
 
@@ -259,6 +261,57 @@ def test_one_product_gives_what_several_give(path):
     )
     # Sums of up to 80 terms in another order, twice a layer.
     assert np.abs(together - separate).max() <= 4 * 80**0.5 * 2.0**-24 * np.abs(together).max()
+
+
+# Many positions
+
+
+def test_a_row_may_have_fewer_tokens_than_the_model_has_positions(written):
+    lm = model.load(written("llama"), device="cpu", context=12)
+    with pytest.raises(ContextError, match="12"):
+        lm.generate([1] * 13)
+    assert len(lm.generate([1, 2, 3], max_new_tokens=None).tokens) == 9
+    assert lm.config.n_positions == 80
+    for context in (0, 81, "12", True):
+        with pytest.raises(ContextError, match=r"context must be 1 to 80, the model's positions, got"):
+            model.load(written("llama"), device="cpu", context=context)
+    lm = model.load("tiny-gpt2", device="cpu", context=12)
+    alone = lm.generate([1, 2, 3], max_new_tokens=20, overflow="slide")
+    with lm.batch(2) as batch:
+        entries = [batch.add([1, 2, 3], max_new_tokens=20, overflow="slide") for _ in range(3)]
+        list(batch)
+        assert batch._decoder.capacity == 12
+    assert [entry.result.tokens for entry in entries] == [alone.tokens] * 3
+
+
+def test_a_captured_cache_of_many_positions_has_room_for_what_is_asked():
+    assert [captured_capacity(tokens, 1024) for tokens in (1, 1000, 1024)] == [1024] * 3
+    wanted = {1: 8192, 8192: 8192, 8193: 16384, 100_000: 131_072, 131_000: 131_072}
+    assert {tokens: captured_capacity(tokens, 131_072) for tokens in wanted} == wanted
+    assert captured_capacity(9000, 10_000) == 10_000
+    config = PRESETS["llama-3.2-1b"]
+    for tokens, room in ((100, 8192), (10_000, 16_384)):
+        ledger = predict(config, "float16", "cuda", context=tokens)
+        assert ledger.kv_cache == 2 * config.n_layer * room * 8 * 64 * 2
+    assert predict(config, "float16", "cuda", context=100, positions=5000).kv_cache == 2 * 16 * 5000 * 8 * 64 * 2
+
+
+def test_a_longer_question_gets_a_larger_captured_cache(monkeypatch):
+    """Without CUDA: the decoder that is kept serves what fits it, and no more."""
+    lm = model.from_config(dataclasses.replace(SMALL, max_position_embeddings=40), device="cpu")
+    made = []
+
+    class Kept(GraphDecoder):
+        def __init__(self, *args, **options):
+            made.append(options["capacity"])
+            super().__init__(*args, **options, capture=replayed)
+
+    monkeypatch.setattr("model.graph._ALWAYS", 8)
+    monkeypatch.setattr("model.language_model.can_capture", lambda parameters, config: True)
+    monkeypatch.setattr("model.language_model.graph_decoder", lambda parameters, config: Kept)
+    for prompt, new in ((2, 3), (5, 3), (6, 4), (4, 4), (20, 9)):
+        lm.generate([1] * prompt, max_new_tokens=new)
+    assert made == [8, 16, 32]
 
 
 def test_a_model_of_a_config_is_saved_for_transformers(tmp_path):

@@ -17,7 +17,7 @@ from model.errors import LoadNotice, ModelError
 
 app = typer.Typer(
     name="gpukernels",
-    help="GPT-2 models from Hugging Face checkpoints: generate text, fine-tune, inspect, check.",
+    help="GPT-2, LLaMA and Mistral from Hugging Face checkpoints: generate text, fine-tune, inspect, check.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

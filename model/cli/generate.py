@@ -50,6 +50,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Fixes the draws.", show_default=False)] = None,
     n: Annotated[int, typer.Option("-n", "--n", help="How many answers.")] = 1,
     overflow: Annotated[str, typer.Option(help="Where the context ends: error, truncate_left or slide.")] = "error",
+    context: Annotated[
+        int | None,
+        typer.Option(help="The tokens that prompt and answer may have; default all positions.", show_default=False),
+    ] = None,
     few_shot_file: Annotated[
         Path | None,
         typer.Option(
@@ -78,6 +82,7 @@ def generate(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
         refresh=refresh,
+        context=context,
         progress=_bar(console),
     )
     for notice in lm.notices:
