@@ -112,15 +112,17 @@ def norm(op: str, model: str, rows: int, **options) -> Case:
 
 
 def product(op: str, model: str, rows: int, N: int, K: int, **options) -> Case:
-    """linear, linear_gelu, few_rows (with bias) or norm_linear."""
-    few = op in ("few_rows", "norm_linear")
+    """linear, linear_gelu, few_rows (with bias), norm_linear (with both) or rms_norm_linear (with none)."""
+    few = op in ("few_rows", "norm_linear", "rms_norm_linear")
 
     def inputs(draw: Draw) -> Inputs:
         arrays = {"x": draw.normal(rows, K)}
+        if op.endswith("norm_linear"):
+            arrays["norm_weight"] = draw.normal(K)
         if op == "norm_linear":
-            arrays |= {"norm_weight": draw.normal(K), "norm_bias": draw.normal(K)}
+            arrays["norm_bias"] = draw.normal(K)
         arrays["weight"] = draw.normal(N, K, spread=K**-0.5)
-        return arrays if op == "linear" else arrays | {"bias": draw.normal(N)}
+        return arrays if op in ("linear", "rms_norm_linear") else arrays | {"bias": draw.normal(N)}
 
     leaves = {"linear": ("x", "weight"), "linear_gelu": ("x", "weight", "bias")}.get(op, ())
     flops = 2 * rows * N * K
@@ -152,6 +154,10 @@ def _few_rows() -> list[Case]:
     for rows in (1, 8, 64):
         cases.append(product("norm_linear", "GPT-2", rows, 3 * width, width, quick=rows == 1))
         cases.append(product("norm_linear", "GPT-2 XL", rows, 4800, 1600))
+    # Queries, keys and values: with the norm in the prologue, and by itself.
+    for rows in (1, 64):
+        cases.append(product("rms_norm_linear", "TinyLlama", rows, 2560, 2048, quick=rows == 1))
+        cases.append(product("rms_norm_linear", "LLaMA-7B", rows, 12288, 4096))
     cases.append(product("few_rows", "LLaMA-7B", 1, 11008, 4096))
     return cases
 

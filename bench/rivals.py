@@ -201,6 +201,11 @@ OPS = {
         ),
         torch_ops.norm_linear,
     ),
+    "rms_norm_linear": Op(
+        functools.partial(gpukernels.norm_linear, norm_bias=None, norm="rms", eps=1e-6),
+        lambda x, norm_weight, weight: F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, 1e-6), weight),
+        functools.partial(torch_ops.norm_linear, norm_bias=None, norm="rms", eps=1e-6),
+    ),
     "rope": Op(gpukernels.rope, _eager_rope, torch_ops.rope),
     "swiglu": Op(gpukernels.swiglu, lambda gate, up: F.silu(gate) * up, torch_ops.swiglu, _liger_swiglu),
     "gelu": Op(gpukernels.gelu, lambda x: F.gelu(x, approximate="tanh"), torch_ops.gelu),

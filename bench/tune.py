@@ -161,6 +161,7 @@ KNOBS: dict[str, list[Knob]] = {
     "linear_gelu": _products(),
     "few_rows": _few_rows(),
     "norm_linear": _few_rows(),
+    "rms_norm_linear": _few_rows(),
     "cross_entropy": _losses(),
     "linear_cross_entropy": _losses_in_chunks(),
     "swiglu": _pointwise(),

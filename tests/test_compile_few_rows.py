@@ -43,6 +43,20 @@ def test_few_rows_load_16_bytes_and_exchange_none(capability, N, K, norm, loads,
 
 
 @pytest.mark.parametrize("capability", CHIPS)
+@pytest.mark.parametrize(("N", "K"), [(1152, 576), (2304, 768), (2560, 2048)])
+def test_an_rms_norm_in_the_prologue_has_no_mean_and_no_bias_to_load(capability, N, K):
+    with dependent_launches():
+        (launch,) = record(lambda: few(1, N, K, bias=False), capability=capability)
+    compiled, pieces = launch.compiled, -(-K // 256)
+    assert launch.arguments["norm_weight_ptr"] is not None
+    assert compiled.spilled_bytes == 0
+    assert compiled.count("LDG.E.128") == pieces * launch.arguments["BLOCK_N"] // 8 + pieces
+    layer = record(lambda: few(1, N, 768), capability=capability)[0].compiled  # which has two sums over a row
+    assert layer.count("SHFL") > compiled.count("SHFL")
+    assert layer.count("BAR") > compiled.count("BAR")
+
+
+@pytest.mark.parametrize("capability", CHIPS)
 def test_the_widest_norm_in_front_of_a_product_in_float32_finds_registers(capability):
     step = partial(few, 1, 6400, 1600, dtype=torch.float32, activation="gelu_new")
     (launch,) = record(step, capability=capability)

@@ -60,7 +60,7 @@ def accumulation():
 
 
 def few(M, N, K, *, norm=True, dtype=torch.float16, bias=True, **options):
-    """One product of a decode step: after a norm, or with a residual."""
+    """One product of a decode step: after a norm, or with a residual. Without biases the norm is an RMS norm."""
     x, weight, norm_weight, residual = (
         meta(*shape, dtype=dtype, grad=False) for shape in ((M, K), (N, K), (K,), (M, N))
     )
@@ -80,6 +80,20 @@ def few_rows_of_gpt2(C, dtype=torch.float16, M=1):
 def few_rows_of_llama():
     few(1, 4096, 4096, bias=False, dtype=torch.bfloat16)
     few(1, 4096, 11008, norm=False, bias=False, dtype=torch.bfloat16)
+
+
+def few_rows_of_small_llamas():
+    """With the norm in the prologue: SmolLM2 135M, and TinyLlama, of the most columns that have room; in float32."""
+    few(1, 960, 576, bias=False)
+    few(1, 3072, 576, bias=False)
+    few(1, 2560, 2048, bias=False)
+    few(1, 6400, 1600, bias=False, dtype=torch.float32)
+
+
+def rms_norms_of_llama():
+    """In front of products, and the gradient along the residual."""
+    x, norm, weight = meta(4096, 4096, dtype=torch.bfloat16), meta(4096), meta(6144, 4096, dtype=torch.bfloat16)
+    backward(gpukernels.norm_linear(x, norm, None, weight, norm="rms", with_x=True), [x, norm, weight])
 
 
 def losses(width, padded, dtype, **options):
@@ -156,6 +170,8 @@ WORKLOADS = {
     "few rows of GPT-2 in float32": lambda: few_rows_of_gpt2(768, torch.float32),
     "few rows of GPT-2 XL in float32": lambda: few_rows_of_gpt2(1600, torch.float32),
     "few rows of LLaMA": few_rows_of_llama,
+    "few rows of small LLaMAs": few_rows_of_small_llamas,
+    "RMS norms of LLaMA, in front of products": rms_norms_of_llama,
     "losses of GPT-2": lambda: losses(50257, 50304, torch.bfloat16),
     "losses of GPT-2 in float32, smoothed": lambda: losses(50304, 50304, torch.float32, label_smoothing=0.1),
     "losses of a small vocabulary": lambda: losses(256, 256, torch.float16, z_loss=1e-4),

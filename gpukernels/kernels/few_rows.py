@@ -65,22 +65,24 @@ _PASS = 2048
 # A norm holds three times as much, in 8 warps. It is in the prologue up to this many programs on a
 # multiprocessor: with more of them, a launch of its own is cheaper.
 _NORMS = 4
-# Bytes of a row in float32, which has the weight in shared memory, beside which a norm still finds registers: all
-# 255 of them (no spills on sm_80 to sm_100). So rows up to GPT-2 XL's take no launch more than 16-bit ones.
-_HELD_NORMED = 6400
+# Bytes of a row beside which a norm still finds registers: all 255 of them (no spills on sm_80 to sm_100). In 16 bits
+# an RMS norm, which has no bias to hold: up to 2048 columns. In float32, which has the weight in shared memory: so
+# rows up to GPT-2 XL's take no launch more than 16-bit ones.
+_HELD_NORMED = {2: 4096, 4: 6400}
 
 
-def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool) -> FewRowsTile:
-    """The tile for a weight (N, K) beside an x of elements of `itemsize` bytes."""
+def few_rows_tile(N: int, K: int, itemsize: int, *, norm: bool, rms: bool = False) -> FewRowsTile:
+    """The tile for a weight (N, K) beside an x of elements of `itemsize` bytes; rms: the norm is an RMS norm."""
     multiprocessors = gpu().multiprocessors
     BLOCK_N = 16 if 16 * multiprocessors <= N else 8
     held = K * itemsize
     # Copies to shared memory start together; plain loads would be started one after the other's product. Two
     # copies of wide rows, or one beside what float32's product keeps there, would be more than an RTX 4090 has.
     stages = 3 if itemsize == 2 else 1
-    if held <= _HELD[8]:
-        return FewRowsTile(BLOCK_N, 8, stages, 1, norm and cdiv(N, BLOCK_N) <= _NORMS * multiprocessors)
-    if norm and itemsize == 4 and held <= _HELD_NORMED and cdiv(N, 8) <= 2 * _NORMS * multiprocessors:
+    fused = norm and cdiv(N, BLOCK_N) <= _NORMS * multiprocessors
+    if held <= _HELD[8] or (fused and rms and itemsize == 2 and held <= _HELD_NORMED[2]):
+        return FewRowsTile(BLOCK_N, 8, stages, 1, fused)
+    if norm and itemsize == 4 and held <= _HELD_NORMED[4] and cdiv(N, 8) <= 2 * _NORMS * multiprocessors:
         return FewRowsTile(8, 8, stages, 1, True)
     if held <= _HELD[16] and cdiv(N, 8) <= multiprocessors:
         return FewRowsTile(8, 16, 2 if itemsize == 2 else 1, 1, False)
@@ -306,7 +308,7 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None)
     y = torch.empty(shape, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    tile = few_rows_tile(N, K, x.element_size(), norm=norm is not None)
+    tile = few_rows_tile(N, K, x.element_size(), norm=norm is not None, rms=norm is not None and not norm[3])
     norm_weight = norm_bias = None
     eps, center = 0.0, False
     if norm is not None:

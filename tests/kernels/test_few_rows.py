@@ -114,16 +114,18 @@ def test_activations_at_their_ends(activation):
 def wide(kind):
     """K just up to and just past what 8 warps hold, what they hold beside a norm, what 16 hold; several passes."""
     size = kind.array(0.0).element_size()
-    held, normed, most = kernels._HELD[8] // size, kernels._HELD_NORMED // size, kernels._HELD[16] // size
+    held, normed, most = kernels._HELD[8] // size, kernels._HELD_NORMED[size] // size, kernels._HELD[16] // size
     return [held, held + 1, normed, normed + 1, most, most + 1, 2 * most + 77]
 
 
 @kinds
 @pytest.mark.parametrize("which", range(7))
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "alone"])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_long_rows(kind, which, norm):
     K = wide(kind)[which]
-    check(arrays(kind, 9, 10, K, norm=norm), activation="silu")
+    given = arrays(kind, 9, 10, K, norm=norm is not None)
+    given = {name: x for name, x in given.items() if norm != "rms" or name != "norm_bias"}
+    check(given, center=norm != "rms", activation="silu")
 
 
 def test_the_tile_is_of_the_weight_and_the_device(monkeypatch):
@@ -135,6 +137,12 @@ def test_the_tile_is_of_the_weight_and_the_device(monkeypatch):
     assert few_rows_tile(3072, 768, 2, norm=True) == FewRowsTile(16, 8, 3, 1, True)
     assert few_rows_tile(768, 3072, 2, norm=False) == FewRowsTile(8, 16, 2, 1, False)
     assert few_rows_tile(50304, 768, 2, norm=True) == FewRowsTile(16, 8, 3, 1, False)
+    # LLaMA's, whose norm has no bias: of TinyLlama, Llama 3.2 3B and 7B.
+    assert few_rows_tile(2560, 2048, 2, norm=True, rms=True) == FewRowsTile(16, 8, 3, 1, True)
+    assert few_rows_tile(2560, 2048, 2, norm=True) == FewRowsTile(8, 8, 3, 2, False)
+    assert few_rows_tile(11264, 2048, 2, norm=True, rms=True) == FewRowsTile(8, 8, 3, 2, False)
+    assert few_rows_tile(5120, 3072, 2, norm=True, rms=True) == FewRowsTile(8, 8, 3, 3, False)
+    assert few_rows_tile(12288, 4096, 2, norm=True, rms=True) == FewRowsTile(8, 8, 3, 4, False)
     # Passes where the registers end, or where 16 warps would come to a multiprocessor twice.
     assert few_rows_tile(1600, 6400, 2, norm=False) == FewRowsTile(8, 8, 3, 7, False)
     assert few_rows_tile(1280, 5120, 2, norm=False) == FewRowsTile(8, 8, 3, 5, False)
@@ -143,7 +151,8 @@ def test_the_tile_is_of_the_weight_and_the_device(monkeypatch):
     # In float32 a norm stays in the prologue up to GPT-2 XL, but not before the unembedding.
     for C in (1024, 1280, 1600):
         for N in (3 * C, 4 * C):
-            assert few_rows_tile(N, C, 4, norm=True) == FewRowsTile(8, 8, 1, 1, True)
+            for rms in (False, True):
+                assert few_rows_tile(N, C, 4, norm=True, rms=rms) == FewRowsTile(8, 8, 1, 1, True)
             assert few_rows_tile(N, C, 4, norm=False) == FewRowsTile(8, 8, 1, -(-C // 512), False)
         assert not few_rows_tile(50304, C, 4, norm=True).fused
     for N in (1, 8, 50, 768, 50304):
