@@ -9,4 +9,5 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
 
 from command import refused, run  # noqa: E402, F401
 from hub_model import hub, impatient  # noqa: E402, F401
+from plots import no_matplotlib  # noqa: E402, F401
 from refusals import computing_nothing  # noqa: E402, F401
