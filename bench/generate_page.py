@@ -1,6 +1,7 @@
 """The tables of a GPU's decoding figures, and the page with their plots."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from bench import generate_targets
@@ -65,9 +66,14 @@ def page(document: dict[str, Any]) -> Page:
     for preset in dict.fromkeys(row["preset"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["preset"] == preset and "token_ms" in row]
         if rows:
-            made.plot(_bars(rows, "decode_tokens_per_second", "tokens/s"), f"{preset}: tokens a second while decoding")
+            made.plot(
+                partial(_bars, rows, "decode_tokens_per_second", "tokens/s"),
+                f"{preset}: tokens a second while decoding",
+            )
         if any("share_of_bandwidth" in row for row in rows):
-            made.plot(_bars(rows, "share_of_bandwidth", "share"), f"{preset}: least time of the bytes over the time")
+            made.plot(
+                partial(_bars, rows, "share_of_bandwidth", "share"), f"{preset}: least time of the bytes over the time"
+            )
     return made
 
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+from model.graph import capturing
+
 COLD = 3  # times the L2 cache
 _TARGET = 5e-3  # seconds of a replay, about
 _MOST = 400  # calls in a graph
@@ -81,16 +83,10 @@ class Cuda:
             call()
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-                for _ in range(times):
-                    for i, call in enumerate(calls):
-                        kept[i] = call()
-        except Exception:
-            # To torch before 2.12 a capture that failed is still under way, and its cache cannot be emptied any more.
-            with contextlib.suppress(RuntimeError, AttributeError):  # later ones have ended it
-                torch._C._cuda_endAllocateToPool(self.stream.device_index, pool)
-            raise
+        with capturing(graph, pool=pool, stream=self.stream):
+            for _ in range(times):
+                for i, call in enumerate(calls):
+                    kept[i] = call()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def clock() -> float:

@@ -1,7 +1,7 @@
 """The page of `bench.kernels`: speed by shape against rivals, the roofline plot, all figures, machine and versions."""
 
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bench import kernel_tables, targets
@@ -47,10 +47,11 @@ def add_measured(page: Page, document: dict[str, Any]) -> None:
     if timed:
         page.heading("Roofline")
         caption = "Every shape and pass: ours filled, the best rival hollow."
-        _plot(page, lambda: _measured_roofline(timed, roofs), caption)
+        page.plot(partial(_measured_roofline, timed, roofs), caption, _STYLE)
         page.heading("Speed against rivals")
     for op, group in _by_op(timed).items():
-        _plot(page, lambda group=group: _bars(group), f"{op}: higher is faster. Cold L2 cache, CUDA graph.")
+        caption = f"{op}: higher is faster. Cold L2 cache, CUDA graph."
+        page.plot(partial(_bars, group), caption, _STYLE)
     page.heading("All figures")
     page.text(kernel_tables.NOTES)
     for table in kernel_tables.measured(rows):
@@ -68,25 +69,15 @@ def predicted(document: dict[str, Any]) -> Page:
     rows = document["rows"]
     page.heading("Roofline")
     caption = "Every shape and pass, at the roof of the H100 (by data sheet)."
-    _plot(page, lambda: _predicted_roofline(rows), caption)
+    page.plot(partial(_predicted_roofline, rows), caption, _STYLE)
     page.heading("Least time")
     for op, group in _by_op(rows).items():
-        _plot(page, lambda group=group: _least_times(group), f"{op}: least time by data sheet, lower is faster.")
+        caption = f"{op}: least time by data sheet, lower is faster."
+        page.plot(partial(_least_times, group), caption, _STYLE)
     page.heading("All figures")
     for table in kernel_tables.predicted(rows):
         _table(page, table)
     return page
-
-
-def _plot(page: Page, draw: Callable[[], "Figure"], caption: str) -> None:
-    """A plot, or the reason why there is none."""
-    if find_spec("matplotlib") is None:
-        page.text(f"(No plot, as matplotlib is not installed: {caption})")
-        return
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        page.plot(draw(), caption)
 
 
 def _by_op(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -11,6 +11,7 @@ against ours in float32; a wrong one gets no figures. The last line is the whole
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,7 +149,7 @@ def _page(document: dict[str, Any]) -> Page:
     )
     labels = [row["model"] for row in rows[:: len(DTYPES)]]
     peaks = {dtype: [row["peak"] / 1e9 for row in rows if row["dtype"] == dtype] for dtype in DTYPES}
-    page.plot(_bars(labels, peaks, "GB"), "All of it: weights, keys and values, activations, workspace.")
+    page.plot(partial(_bars, labels, peaks, "GB"), "All of it: weights, keys and values, activations, workspace.")
     page.heading("Loading")
     loads = [row for row in document["loads"] if not row["wrong"]]
     columns = ("model", "dtype", "runtime", "load, s", "GB/s", "first logits, s", "peak", "of the weights", "held")
@@ -161,7 +162,8 @@ def _page(document: dict[str, Any]) -> Page:
         by_label = {(row["runtime"], f"{row['model']}\n{row['dtype']}"): row[field] for row in loads}
         scale = 1e9 if unit == "GB" else 1
         series = {name: [by_label.get((name, label), 0) / scale for label in labels] for name in RUNTIMES}
-        page.plot(_bars(labels, {name: values for name, values in series.items() if any(values)}, unit), caption)
+        drawn = {name: values for name, values in series.items() if any(values)}
+        page.plot(partial(_bars, labels, drawn, unit), caption)
     return page
 
 

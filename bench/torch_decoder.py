@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from model.gpt2_config import GPT2Config
+from model.graph import capturing
 
 #: Runs a function once, and gives what runs it again; the same memory each time.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -97,6 +98,6 @@ def cuda_graph(function: Callable[[], None]) -> Callable[[], Any]:
             function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph, pool=torch.cuda.graph_pool_handle(), stream=side):
         function()
     return graph.replay

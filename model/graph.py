@@ -188,12 +188,46 @@ class CudaCapture:
                 function()
             cuda.current_stream().wait_stream(stream)
             graph = cuda.CUDAGraph()
+            pool, self._pool = self._pool or cuda.graph_pool_handle(), None  # a capture that fails keeps its pool
             # Other threads may go on using the device meanwhile.
-            options = {"pool": self._pool, "stream": stream, "capture_error_mode": "thread_local"}
-            with _no_garbage_collected(), cuda.graph(graph, **options):
+            options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with _no_garbage_collected(), capturing(graph, **options):
                 result = function()
-            self._pool = graph.pool()
+            self._pool = pool
         return graph.replay, result
+
+
+@contextlib.contextmanager
+def capturing(graph: Any, *, pool: Any, stream: Any, **options: Any) -> Iterator[None]:
+    """`torch.cuda.graph`, and torch can be used as before where the capture fails.
+
+    To torch before 2.12 such a capture is still under way: its stream stays the current one, and its allocator's
+    cache cannot be emptied any more, with which the next capture begins. Nor can the pool be captured into again.
+
+    Args:
+        pool: what `torch.cuda.graph_pool_handle` gave.
+        options: others of `torch.cuda.graph`.
+
+    Raises:
+        What the work that is captured raised, which torch says less of when it ends the capture.
+    """
+    import torch
+
+    first = None
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, **options):
+                try:
+                    yield
+                except BaseException as fault:
+                    first = fault
+                    raise
+        except BaseException as fault:
+            with contextlib.suppress(RuntimeError, AttributeError):  # torch 2.12 has ended it
+                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+                torch._C._cuda_releasePool(stream.device_index, pool)
+            fault, first = first or fault, None  # a frame that its own fault refers to would keep its arrays
+            raise fault
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,19 @@ class Page:
         )
         self._parts.append(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>")
 
-    def plot(self, figure: Any, caption: str) -> None:
-        """A matplotlib figure, drawn as SVG."""
+    def plot(self, draw: Callable[[], Any], caption: str, style: Mapping[str, Any] | None = None) -> None:
+        """The matplotlib figure that `draw` makes, as SVG; a note in its place where there is no matplotlib.
+
+        style: matplotlib's settings meanwhile.
+        """
+        if find_spec("matplotlib") is None:
+            self.text(f"(No plot, as matplotlib is not installed: {caption})")
+            return
+        import matplotlib
+
         drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", bbox_inches="tight")
+        with matplotlib.rc_context(style):
+            draw().savefig(drawn, format="svg", bbox_inches="tight")
         svg = drawn.getvalue()
         svg = svg[svg.index("<svg") :]  # without XML's own head, which HTML has not
         self._parts.append(f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>")

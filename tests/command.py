@@ -10,7 +10,9 @@ import pytest
 
 from model.cli.app import main
 
-COMMAND = Path(sys.executable).with_name("gpukernels")
+_INSTALLED = Path(sys.executable).with_name("gpukernels")
+#: As users type it; in a plain checkout there is the module only.
+COMMAND = [_INSTALLED] if _INSTALLED.exists() else [sys.executable, "-m", "model.cli"]
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def refused(run):
 
 
 def start(*arguments: str | bytes, **options) -> subprocess.Popen:
-    """Starts the installed command."""
+    """Starts the command."""
     environment = os.environ | {"PYTHONIOENCODING": "utf-8", "RUST_BACKTRACE": "0"}
     pipe = subprocess.PIPE
-    return subprocess.Popen([COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **options)
+    return subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, env=environment, **options)

@@ -4,9 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
 
 
 def launch(script: str, *arguments: object, size: int = 2, timeout: float = 120) -> list[tuple[int, str]]:
@@ -22,8 +19,6 @@ def launch(script: str, *arguments: object, size: int = 2, timeout: float = 120)
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(size),
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
     }
     ranks = [
         subprocess.Popen(

@@ -85,9 +85,8 @@ def test_a_device_that_is_lost_ends_the_process_and_the_next_one_goes_on(tmp_pat
         bench.kernels._earlier(tmp_path / "gone.json")
 
 
-def test_a_page_without_matplotlib_has_its_tables(monkeypatch):
+def test_a_page_without_matplotlib_has_its_tables(no_matplotlib):
     rows = [row for case in SMALL if case.op == "gelu" for row in predict(case)]
-    monkeypatch.setattr(kernel_page, "find_spec", lambda name: None)
     html = kernel_page.predicted({"rows": rows, "machine": report.machine()}).html
     assert "<svg" not in html
     assert "No plot, as matplotlib is not installed" in html

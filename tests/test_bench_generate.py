@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from plots import PLOT
 
 from bench import cuda_generate, generate_page, generate_targets
 from bench.cost_card import card, step
@@ -172,9 +173,15 @@ def test_the_page_has_tables_and_plots():
     document |= {"card": card(["gpt2"], "float16", [(1, 128)], {"3 TB/s": 3e12})}
     document |= {"targets": generate_targets.compared(rows, "a CPU")}
     text = generate_page.page(json.loads(json.dumps(document))).html
-    assert text.count("<svg") == 2
+    assert text.count(PLOT) == 2
     for word in ("a &lt;CPU&gt;", TRANSFORMERS, "247.3 MB", "not yet measured", "batch 2, 8 + 4 tokens"):
         assert word in text
+
+
+def test_the_page_without_matplotlib_says_so(no_matplotlib):
+    document = {"device": "a CPU", "date": "2026-11-27", "versions": {}, "rows": measured(), "targets": []}
+    document |= {"card": card(["gpt2"], "float16", [(1, 128)], {})}
+    assert generate_page.page(document).html.count("(No plot, as matplotlib is not installed: tiny: ") == 2
 
 
 def test_the_card():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import typer
 from damage import CONFIG
+from plots import PLOT
 
 from bench import memory
 from bench.loading import Transformers
@@ -35,7 +36,7 @@ def test_rows_and_page_of_ours(monkeypatch, tmp_path, capsys):
     assert len(document["footprints"]) == 8
     assert {row["share"] for row in document["footprints"] if row["dtype"] == "float32"} == {1.0}
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count(PLOT) == 3
     assert all(text in page for text in ("gpt2-xl", "ours", "float16"))
 
 

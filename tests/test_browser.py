@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+from plots import needs_matplotlib
 
 import bench.kernels
 
@@ -45,6 +46,7 @@ def browser():
     return found
 
 
+@needs_matplotlib
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the page of a machine without a GPU")
 def test_a_browser_draws_the_report(browser, tmp_path, capsys):
     page = tmp_path / "report.html"

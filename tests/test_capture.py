@@ -12,33 +12,54 @@ from model import language_model
 from model.graph import CudaCapture
 
 
+class Stream:
+    device_index = 3
+
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    def replay(self):
+        pass
+
+
 @pytest.fixture
 def cuda(monkeypatch):
-    """torch.cuda as capturing uses it; whether a capture is under way."""
-    here = types.SimpleNamespace(captures=False)
+    """torch.cuda as capturing uses it; whether a capture is under way, the current stream, and what was asked."""
+    here = types.SimpleNamespace(captures=False, current=Stream(), log=[])
+    handles = iter(["a pool", "another"])
 
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    class Graph:
-        def replay(self):
-            pass
-
-        def pool(self):
-            return "pool"
+    @contextlib.contextmanager
+    def on(stream):
+        before, here.current = here.current, stream
+        try:
+            yield
+        finally:
+            here.current = before
 
     @contextlib.contextmanager
     def capturing(graph, *, pool, stream, capture_error_mode):
-        here.captures = True
-        yield
-        here.captures = False
+        """As torch before 2.12: one that fails stays where it was, and says what CUDA says at the end."""
+        here.log.append(f"capture into {pool}")
+        here.captures, here.current, before = True, stream, here.current
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("failed due to a previous error during capture") from None
+        finally:
+            here.captures = False
+        here.current = before
 
     for name, value in {
-        "device": contextlib.nullcontext, "stream": contextlib.nullcontext, "Stream": Stream, "CUDAGraph": Graph,
-        "current_stream": Stream, "graph": capturing,
+        "device": contextlib.nullcontext, "stream": on, "Stream": Stream, "CUDAGraph": Graph,
+        "current_stream": lambda: here.current, "graph": capturing, "graph_pool_handle": handles.__next__,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
+    for name, what in (("_cuda_endAllocateToPool", "end"), ("_cuda_releasePool", "release")):
+        monkeypatch.setattr(
+            torch._C, name, lambda device, pool, what=what: here.log.append(f"{what} {pool} of {device}")
+        )
     return here
 
 
@@ -66,14 +87,37 @@ def test_what_is_left_alone_is_not_collected_into_a_graph(cuda):
     assert gc.isenabled()
 
 
-def test_after_a_capture_that_fails_garbage_is_collected(cuda):
+def test_after_a_capture_that_fails_everything_is_as_it_was(cuda):
     def step():
         if cuda.captures:
             raise ValueError("no step")
 
+    capture, before = CudaCapture(torch.device("cuda:0")), cuda.current
+    with pytest.raises(ValueError, match="no step"):
+        capture(step)
+    assert gc.isenabled()
+    assert cuda.current is before
+    assert cuda.log == ["capture into a pool", "end a pool of 3", "release a pool of 3"]
+    cuda.log.clear()
+    for _ in range(2):
+        capture(lambda: None)
+    assert cuda.log == ["capture into another"] * 2
+
+
+def test_a_capture_that_torch_has_ended_is_not_ended_again(cuda, monkeypatch):
+    """As torch 2.12 does."""
+
+    def end(device, pool):
+        raise RuntimeError("not recording to this pool")
+
+    def step():
+        if cuda.captures:
+            raise ValueError("no step")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
     with pytest.raises(ValueError, match="no step"):
         CudaCapture(torch.device("cuda:0"))(step)
-    assert gc.isenabled()
+    assert cuda.log == ["capture into a pool"]
 
 
 def test_a_decoder_is_given_back_when_its_work_has_ended(monkeypatch):

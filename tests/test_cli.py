@@ -316,7 +316,7 @@ def test_damage_is_a_list_with_exit_code_1_for_check_and_2_for_generate(run, ref
         "a tokenizer that its library panics on",
     ],
 )
-def test_the_installed_command_never_shows_a_traceback(whole, tmp_path, kind):
+def test_the_command_never_shows_a_traceback(whole, tmp_path, kind):
     folder = shutil.copytree(whole, tmp_path / "tiny")
     DAMAGE[kind].do(folder)
     processes = start("check", folder), start("generate", "a", "--model", folder)

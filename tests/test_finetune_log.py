@@ -1,5 +1,6 @@
 """The record of a run: lines of JSON that survive a kill, what is shown, trackers, the plot."""
 
+import contextlib
 import io
 import json
 import math
@@ -7,6 +8,7 @@ import sys
 import types
 
 import pytest
+from plots import needs_matplotlib
 from rich.console import Console
 
 from model.config import PRESETS
@@ -16,7 +18,13 @@ from model.finetune.flops import flops_per_token, peak_flops
 from model.finetune.log import Log, read
 
 QUIET = Console(quiet=True)
-PNG = b"\x89PNG"
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Nothing is drawn, and no plot is missed."""
+    monkeypatch.setattr("model.finetune.log.installed", lambda package: True)
+    monkeypatch.setattr("model.finetune.log.plot", lambda records, path: None)
 
 
 def train(log, steps, start=0):
@@ -33,8 +41,6 @@ def test_every_record_is_a_line_that_is_there_at_once(tmp_path):
     assert read(folder / "log.jsonl")[1:] == [
         {"kind": "evaluation", "step": 1, "validation_loss": 2.0, "perplexity": math.exp(2.0)}
     ]
-    assert (folder / "loss.png").read_bytes().startswith(PNG)
-    assert sorted(each.name for each in folder.iterdir()) == ["log.jsonl", "loss.png"]
     with pytest.raises(ValueError, match="closed"):
         log.step({"step": 2})
 
@@ -94,7 +100,17 @@ def test_an_error_of_training_closes_the_log(tmp_path):
     with pytest.raises(RuntimeError, match="out of luck"):
         fail()
     assert page.getvalue().count("\x1b[?25l") == page.getvalue().count("\x1b[?25h") == 1  # the cursor is back
-    assert (tmp_path / "loss.png").exists()
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("fault", [None, RuntimeError("out of luck")], ids=str)
+def test_a_run_that_ends_leaves_a_picture(tmp_path, fault):
+    with contextlib.suppress(RuntimeError), Log(tmp_path, total=9, console=QUIET) as log:
+        train(log, 2)
+        if fault is not None:
+            raise fault
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["log.jsonl", "loss.png"]
 
 
 def test_a_disk_that_is_full_is_one_sentence(tmp_path):
@@ -121,7 +137,7 @@ def terminal(page):
     return Console(file=page, force_terminal=True, width=200, color_system=None)
 
 
-def test_a_terminal_sees_figures_and_evaluations(tmp_path):
+def test_a_terminal_sees_figures_and_evaluations(tmp_path, no_plots):
     page = io.StringIO()
     options = {"flops_per_token": 2e9, "peak": 1e13}
     with Log(tmp_path, total=100, console=terminal(page), **options) as log:
@@ -136,7 +152,7 @@ def test_a_terminal_sees_figures_and_evaluations(tmp_path):
     assert read(tmp_path / "log.jsonl")[1]["peak_share"] == pytest.approx(0.24)
 
 
-def test_a_file_is_not_flooded(tmp_path):
+def test_a_file_is_not_flooded(tmp_path, no_plots):
     page = io.StringIO()
     with Log(tmp_path, total=500, console=Console(file=page, width=80)) as log:
         train(log, 499)
@@ -147,7 +163,7 @@ def test_a_file_is_not_flooded(tmp_path):
     assert "of peak" not in page.getvalue()
 
 
-def test_the_last_figures_are_shown_though_it_was_not_their_turn(tmp_path):
+def test_the_last_figures_are_shown_though_it_was_not_their_turn(tmp_path, no_plots):
     page = io.StringIO()
     with Log(tmp_path, total=500, console=Console(file=page, width=80)) as log:
         train(log, 7)
@@ -182,7 +198,7 @@ def run_with(tmp_path, tracker):
         log.evaluation({"step": 1, "validation_loss": 2.0})
 
 
-def test_tensorboard_is_told_every_number(tmp_path, monkeypatch):
+def test_tensorboard_is_told_every_number(tmp_path, monkeypatch, no_plots):
     said = []
 
     class Writer:
@@ -211,7 +227,7 @@ def test_tensorboard_is_told_every_number(tmp_path, monkeypatch):
     assert said == [(str(tmp_path / "tensorboard"), 8)]
 
 
-def test_wandb_is_told_every_number(tmp_path, monkeypatch):
+def test_wandb_is_told_every_number(tmp_path, monkeypatch, no_plots):
     said = []
     run = types.SimpleNamespace(log=said.append, finish=lambda: said.append("finished"))
 

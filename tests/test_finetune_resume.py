@@ -277,12 +277,11 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bits(folder, ids, whole, t
     """SIGKILL, twice, at whatever it is doing."""
     out, data = tmp_path / "out", tmp_path / "ids.npy"
     np.save(data, ids)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
 
     def start(how: str) -> subprocess.Popen:
         # Saves at every step, so that most of the time is spent in one.
         arguments = [folder, data, out, how, repr(OPTIONS | {"save_every": 1})]
-        return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=environment, stderr=subprocess.DEVNULL)
+        return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.DEVNULL)
 
     for how, step in (("new", 3), ("resume", 9)):
         process = start(how)

@@ -183,8 +183,8 @@ def _page(parts: Iterable[Part]) -> Page:
             page.table(columns, rows)
         for note in _notes(part[2]):
             page.text(note)
-        if part[2] and importlib.util.find_spec("matplotlib"):
-            page.plot(_figure(part), f"{part[0]}: roofline time by kernel")
+        if part[2]:
+            page.plot(partial(_figure, part), f"{part[0]}: roofline time by kernel")
     return page
 
 
