@@ -118,8 +118,8 @@ def _prompts(prompt: Any, config: GPT2Config, tokenizer: Tokenizer | None) -> tu
 
     def encode(text: str) -> list[int]:
         require_tokenizer(tokenizer, "text")
-        if text:
-            return check_ids(tokenizer.encode(text), config.vocab_size).tolist()
+        if ids := tokenizer.encode(text):
+            return check_ids(ids, config.vocab_size).tolist()
         if config.bos_token_id is None or config.bos_token_id >= config.vocab_size:
             raise ModelError("the prompt is empty, and the model has no bos token to start from")
         return [config.bos_token_id]
