@@ -1,5 +1,6 @@
 """The pre-flight: whether a model would load, from JSON and headers alone, in a moment."""
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,8 @@ from model.config import generation_eos
 from model.errors import ModelError
 from model.load import Plan, plan
 from model.tokenizer import Tokenizer
+
+_MAKE = "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes tokenizer.json"
 
 
 @dataclass
@@ -44,18 +47,22 @@ def _plan(report: Report, folder: Path, *, headers_only: bool) -> None:
 
 def _tokenizer(report: Report, folder: Path) -> None:
     report.tokenizer = Tokenizer.from_folder(folder)
-    if report.tokenizer is None:
-        report.notices.append(f"{folder}: no tokenizer: prompts can only be token ids")
-    elif report.plan is not None:
-        report.notices += vocabulary_notices(report.tokenizer, report.plan.config.vocab_size)
+    notices = tokenizer_notices(report.tokenizer, folder, report.plan.config.vocab_size if report.plan else None)
+    if report.tokenizer is None and not notices:
+        notices.append(f"{folder}: no tokenizer: prompts can only be token ids")
+    report.notices += notices
 
 
 def _generation(report: Report, folder: Path) -> None:
     generation_eos(folder)
 
 
-def vocabulary_notices(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """What to say where the tokenizer has ids that the model has not."""
-    if tokenizer.size <= vocab_size:
-        return []
-    return [f"the tokenizer has {tokenizer.size} ids, the model only {vocab_size}: text with the others is refused"]
+def tokenizer_notices(tokenizer: Tokenizer | None, folder: Path, vocab_size: int | None) -> list[str]:
+    """What to say where its files are not read, or mean something else, or it has ids that the model has not."""
+    if tokenizer is None:
+        what = "is SentencePiece, which is not read: prompts can only be token ids"
+        return [f"{path}: {what}; {_MAKE}"] if os.path.lexists(path := folder / "tokenizer.model") else []
+    notices, size = list(tokenizer.notices), tokenizer.size
+    if vocab_size is not None and size > vocab_size:
+        notices.append(f"the tokenizer has {size} ids, the model only {vocab_size}: text with the others is refused")
+    return notices

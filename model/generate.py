@@ -105,7 +105,7 @@ class Row:
         self._limits, self._sampling = limits, sampling
         self._seed, self._stream = seed, stream
         self._matcher = StopMatcher(stops)
-        self._text = TextStream(tokenizer) if tokenizer is not None else None
+        self._text = TextStream(tokenizer, self.prompt) if tokenizer is not None else None
         self._pieces: list[str] = []
         self._started = self._prefilled = self._ended = 0.0
 

@@ -100,7 +100,9 @@ def fetch(
 
     # Weights come last: by them, or by a shard of them, a download that broke off is known.
     folder = get(_CONFIG).parent
-    for file in sorted(files & {*_OPTIONAL, _TOKENIZER, *_VOCABULARY}):
+    # SentencePiece is not read, but where there is nothing else, loading says what to do about it.
+    tokenizer = {_TOKENIZER, *_VOCABULARY} if files & {_TOKENIZER, *_VOCABULARY} else {"tokenizer.model"}
+    for file in sorted(files & {*_OPTIONAL, *tokenizer}):
         get(file)
     if WEIGHTS_NAME in files:
         get(WEIGHTS_NAME)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpukernels.numbers import whole
 from model.architecture import architecture
-from model.check import vocabulary_notices
+from model.check import tokenizer_notices
 from model.config import PRESETS, Config, generation_eos, read_config
 from model.device import Device, choose_device, choose_dtype
 from model.errors import ConfigError, ContextError, LoadNotice, ModelError
@@ -78,8 +78,7 @@ def load(
     with _room_for_weights(place, planned.config, chosen, str(source), head=planned.own_head):
         filled = fill(planned, place, chosen, progress)
     notices = planned.notices + filled.notices
-    if tokenizer is not None:
-        notices += vocabulary_notices(tokenizer, planned.config.vocab_size)
+    notices += tokenizer_notices(tokenizer, planned.folder, planned.config.vocab_size)
     for notice in notices:
         warnings.warn(notice, LoadNotice, stacklevel=2)
     return LanguageModel(

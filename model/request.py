@@ -73,8 +73,9 @@ def read_request(
 
 def check_ids(ids: Any, size: int) -> np.ndarray:
     """Token ids as an int64 array of any shape; ModelError where they are not 0 to size - 1."""
+    _require_integers(ids)
     try:
-        ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
+        ids = _on_host(ids)
     except ValueError:
         raise ModelError("token ids must be one row of integers, or rows of one length") from None
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
@@ -82,6 +83,19 @@ def check_ids(ids: Any, size: int) -> np.ndarray:
     if ids.size and not 0 <= ids.min() <= ids.max() < size:
         raise ModelError(f"token ids must be 0 to {size - 1}, got {ids.min()} to {ids.max()}")
     return ids.astype(np.int64)
+
+
+def _require_integers(ids: Any) -> None:
+    """ModelError for the first entry of lists that is none: NumPy would make 1 of True, and text of 1 beside "a"."""
+    for each in ids if isinstance(ids, list | tuple) else ():
+        if isinstance(each, list | tuple):
+            _require_integers(each)
+        elif not whole(each) and not np.issubdtype((found := _on_host(each)).dtype, np.integer):
+            raise ModelError(f"token ids must be integers, got {found.dtype if found.ndim else repr(each)}")
+
+
+def _on_host(ids: Any) -> np.ndarray:
+    return np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids)
 
 
 def require_count(name: str, value: Any, want: str = "1 or more") -> int:
@@ -119,8 +133,8 @@ def _prompts(prompt: Any, config: Config, tokenizer: Tokenizer | None) -> tuple[
 
     def encode(text: str) -> list[int]:
         require_tokenizer(tokenizer, "text")
-        if text:
-            return check_ids(tokenizer.encode(text), config.vocab_size).tolist()
+        if ids := tokenizer.encode(text):
+            return check_ids(ids, config.vocab_size).tolist()
         if config.bos_token_id is None or config.bos_token_id >= config.vocab_size:
             raise ModelError("the prompt is empty, and the model has no bos token to start from")
         return [config.bos_token_id]

@@ -33,6 +33,7 @@ _BESIDE = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
 )
 
 

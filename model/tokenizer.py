@@ -1,27 +1,32 @@
-"""Text to token ids and back, over the `tokenizers` library."""
+"""Text to token ids and back, over the `tokenizers` library; `tokenizer_files` reads the files."""
 
-import os
-from collections.abc import Callable, Iterable, Iterator
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from model.errors import TokenizerError
-from model.files import AGAIN, disguise, read_json
+from model.tokenizer_files import read_backend
 
-_END = "<|endoftext|>"
-
-# Files beside vocab.json: settings of transformers' tokenizer, its special tokens, and ids behind the vocabulary's.
-_SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_TEXT = "x"  # a token that any decoder takes for text before another
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # what a piece of one byte is called
 
 
 class Tokenizer:
-    """A model's tokenizer; `backend` is the `tokenizers.Tokenizer` beneath."""
+    """A model's tokenizer.
 
-    def __init__(self, backend: Backend):
-        self.backend = backend
+    Attributes:
+        backend: the `tokenizers.Tokenizer` beneath.
+        notices: what was remarkable about its files.
+    """
+
+    def __init__(self, backend: Backend, notices: Sequence[str] = ()):
+        self.backend, self.notices = backend, list(notices)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer | None":
@@ -29,126 +34,121 @@ class Tokenizer:
 
         Raises TokenizerError for a damaged file.
         """
-        whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-        # What has a name is meant to be there: a dead link is damage, not a model without tokenizer.
-        if os.path.lexists(whole):
-            backend = _parsed(whole, Backend.from_buffer)
-        elif os.path.lexists(vocab) or os.path.lexists(merges):
-            backend = _byte_level(vocab, merges)
-        else:
-            return None
-        # Both are for batches of training: a prompt is neither cut nor filled up.
-        backend.no_padding()
-        backend.no_truncation()
-        return cls(backend)
+        found = read_backend(folder)
+        return None if found is None else cls(*found)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; TokenizerError for half a character (a lone surrogate)."""
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """The ids of `text`, with the special tokens that the tokenizer puts around one (bos, in LLaMA's).
+
+        Args:
+            continues: the text goes on where another ended: without special tokens around it, and without the
+                space that some tokenizers put before a text.
+
+        Raises TokenizerError for half a character (a lone surrogate).
+        """
         try:
             text.encode()
         except UnicodeEncodeError as fault:
             raise TokenizerError(f"the text is not valid Unicode: {fault.reason}") from None
-        return self.backend.encode(text).ids
+        backend = self._continuing if continues else self.backend
+        return backend.encode(text, add_special_tokens=not continues).ids
+
+    def encode_all(self, texts: Sequence[str], *, continues: bool = False) -> list[list[int]]:
+        """The ids of each text, which must be valid Unicode; as `encode` has them, on several cores."""
+        backend = self._continuing if continues else self.backend
+        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=not continues)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """The text of `ids`, without special tokens; bytes that are none become U+FFFD."""
+        stream = TextStream(self)
+        return "".join(map(stream.step, ids)) + stream.flush()
 
     @property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that are no text."""
+        return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
     def to_json(self) -> str:
         return self.backend.to_str(pretty=True)
+
+    @cached_property
+    def _continuing(self) -> Backend:
+        """The backend, but for the space before a text; the vocabulary is the same in memory."""
+        parts = {name: getattr(self.backend, name) for name in ("normalizer", "pre_tokenizer")}
+        states = {name: None if part is None else json.loads(part.__getstate__()) for name, part in parts.items()}
+        changed = {name: _without_prefix(state) for name, state in states.items()}
+        if changed == states:
+            return self.backend
+        rest = {"version": "1.0", "added_tokens": [], "post_processor": None, "decoder": None}
+        read = Backend.from_str(json.dumps(rest | changed | {"model": {"type": "BPE", "vocab": {}, "merges": []}}))
+        backend = Backend(self.backend.model)
+        backend.normalizer, backend.pre_tokenizer = read.normalizer, read.pre_tokenizer
+        backend.add_tokens([token for _, token in sorted(self.backend.get_added_tokens_decoder().items())])
+        backend.encode_special_tokens = self.backend.encode_special_tokens
+        return backend
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer, as `tokenizer.json` has it, without the space that it puts before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            return part | {name: [kept for each in part[name] if (kept := _without_prefix(each)) is not None]}
+    space = {"ByteLevel": {"add_prefix_space": False}, "Metaspace": {"prepend_scheme": "never"}}
+    return part | space.get(part["type"], {})
 
 
 class TextStream:
     """Text from ids that come one by one: what is passed on never has half a character.
 
-    The pieces of `step` and the rest of `flush` join to `Tokenizer.decode` of all the ids.
+    The pieces of `step` and the rest of `flush` join to `Tokenizer.decode` of all the ids. Where they follow a text,
+    they keep the space before their first word, which a SentencePiece decoder takes from the beginning of a text. The
+    library's own `DecodeStream` does not, and of bytes in a row its decoders make U+FFFD alone where one is wrong.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
+        """after: the ids before."""
         self._tokenizer = tokenizer
-        self._stream = decoders.DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._length = 0
+        decoder = tokenizer.backend.decoder
+        self._decode = " ".join if decoder is None else decoder.decode
+        # A token's text can depend on the ones before it: on whether there are any, mostly.
+        self._context = [_TEXT] if any(id not in tokenizer.special_ids for id in after) else []
+        self._held: list[str] = []
+        fallback = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if fallback else None
 
-    def step(self, token: int) -> str:
-        """The text that `token` completes, often none inside an emoji or a CJK character."""
-        self._ids.append(token)
-        piece = self._stream.step(self._tokenizer.backend, token) or ""
-        self._length += len(piece)
-        return piece
+    def step(self, id: int) -> str:
+        """The text that `id` completes, often none inside an emoji or a CJK character."""
+        token = self._tokenizer.backend.id_to_token(id)
+        if token is None or id in self._tokenizer.special_ids:
+            return ""
+        if self._bytes is not None and _BYTE.fullmatch(token):
+            piece = self._bytes.decode(bytes([int(token[3:5], 16)]))
+            self._context = [_TEXT] if piece else self._context
+            return piece
+        rest = self._rest_of_bytes()
+        self._held.append(token)
+        return rest + self._release(whole=False)
 
     def flush(self) -> str:
         """What was held back: the replacement characters of bytes that never became text."""
-        rest = self._tokenizer.decode(self._ids)[self._length :]
-        self._length += len(rest)
-        return rest
+        return self._rest_of_bytes() + self._release(whole=True)
 
+    def _rest_of_bytes(self) -> str:
+        piece = "" if self._bytes is None else self._bytes.decode(b"", final=True)
+        self._context = [_TEXT] if piece else self._context
+        return piece
 
-def _parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
-    """What `parse` makes of a file; TokenizerError, naming it, for whatever goes wrong."""
-    try:
-        raw = path.read_bytes()
-    except OSError as fault:
-        raise TokenizerError(f"{path}: cannot be read: {fault.strerror}") from None
-    try:
-        return parse(raw)
-    except (TokenizerError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as fault:  # the library raises bare Exception, and where it panics, less than that
-        first = (str(fault) or type(fault).__name__).splitlines()[0]
-        what = disguise(raw) or f"not a tokenizer that can be read: {first}; {AGAIN}"
-        raise TokenizerError(f"{path}: {what}") from None
-
-
-def _byte_level(vocab: Path, merges: Path) -> Backend:
-    """GPT-2's own files: byte-level BPE as in Radford et al. (2019)."""
-    ids = read_json(vocab, TokenizerError)
-    if not all(type(each) is int and each >= 0 for each in ids.values()):
-        raise TokenizerError(f"{vocab}: must map every token to its id")
-    settings, names, extra = (_beside(vocab, name) for name in (_SETTINGS, _SPECIAL, _ADDED))
-    backend = _parsed(merges, lambda raw: Backend(models.BPE(ids, _pairs(merges, raw))))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.get("add_prefix_space") is True)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    special = {_END, *_special(settings), *_special(names)}
-    for token in sorted(special & ids.keys()):
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-    for token, wanted in sorted(extra.items(), key=lambda item: str(item[1]).zfill(9)):
-        (backend.add_special_tokens if token in special else backend.add_tokens)([AddedToken(token, normalized=False)])
-        if backend.token_to_id(token) != wanted:
-            path = vocab.with_name(_ADDED)
-            raise TokenizerError(f"{path}: gives {token!r} the id {wanted!r}, which does not follow the vocabulary")
-    return backend
-
-
-def _beside(vocab: Path, name: str) -> dict[str, Any]:
-    """What a file beside `vocab.json` says, if it is there."""
-    path = vocab.with_name(name)
-    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
-
-
-def _special(values: dict[str, Any]) -> Iterator[str]:
-    """The tokens that are no text, in either file that names them: "eos_token": TEXT, or {"content": TEXT}."""
-    found = [value for name, value in values.items() if name.endswith("_token")]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        found += value if isinstance(value := values.get(name), list) else []
-    for value in found:
-        token = value.get("content") if isinstance(value, dict) else value
-        if isinstance(token, str):
-            yield token
-
-
-def _pairs(path: Path, raw: bytes) -> list[tuple[str, str]]:
-    pairs = []
-    for number, line in enumerate(raw.decode("utf-8").splitlines(), 1):
-        if line and not line.startswith("#version"):
-            pair = tuple(line.split(" "))
-            if len(pair) != 2:
-                raise TokenizerError(f"{path}: line {number} must be two symbols with a space between, got {line!r}")
-            pairs.append(pair)
-    return pairs
+    def _release(self, *, whole: bool) -> str:
+        text = self._decode([*self._context, *self._held])
+        if text.endswith("\ufffd") and not whole and self._bytes is None:  # perhaps half a character
+            return ""
+        known = len(self._decode(self._context))
+        self._context, self._held = self._held, []
+        return text[known:]

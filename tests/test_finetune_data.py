@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizers import llama2
+from tokenizers import processors
 
 import model
 from model.errors import DataError
@@ -100,6 +102,51 @@ def test_a_conversation_counts_what_the_assistant_says_and_its_eos(tokenizer, li
 def test_a_conversation_that_a_user_ends_ends_with_eos(tokenizer, lines):
     (document,) = read_documents(lines({"messages": [{"role": "user", "content": "Peace."}]}), tokenizer)
     assert texts([document], tokenizer) == ["User: Peace.<|endoftext|>"]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return Tokenizer(llama2())
+
+
+def test_a_document_begins_with_the_bos_of_a_tokenizer_that_has_one_and_ends_with_eos(pieces, lines, tmp_path):
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_object=pieces.backend)
+    wanted = [[*theirs(text)["input_ids"], 2] for text in ("In the light", "a</s>b")]
+    assert wanted[0][0] == 1
+    found = read_documents(["In the light", "a</s>b"], pieces, eos=2)
+    assert [each.ids.tolist() for each in found] == wanted
+    assert all(each.wanted.all() for each in found)
+    (document,) = read_documents(lines({"text": "In the light"}), pieces, eos=2)
+    assert document.ids.tolist() == wanted[0]
+    assert "document 0: there is no token in it" in answer(["", "a"], pieces, eos=2)
+
+
+def test_a_completion_goes_on_where_its_prompt_ends(pieces, lines):
+    record = {"prompt": "In the", "completion": " beginning"}
+    (document,) = read_documents(lines(record), pieces, eos=2, mask_prompt=True)
+    assert document.ids.tolist() == [*pieces.encode("In the"), *pieces.encode(" beginning", continues=True), 2]
+    assert pieces.decode(document.ids) == "In the beginning"
+    assert pieces.decode(pieces.encode("In the beginning")) == "In the beginning"
+    assert pieces.backend.decode(document.ids[document.wanted].tolist(), skip_special_tokens=False) == "beginning</s>"
+
+
+def test_a_conversation_has_one_bos(pieces, lines):
+    said = [("user", "light?"), ("assistant", "the light"), ("user", "day?"), ("assistant", "the day")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    (document,) = read_documents(lines({"messages": messages}), pieces, eos=2)
+    assert document.ids.tolist().count(1) == 1
+    whole = "User: light?\nAssistant: the light</s>\nUser: day?\nAssistant: the day</s>"
+    assert pieces.backend.decode(document.ids.tolist(), skip_special_tokens=False) == f"<s> {whole}"
+
+
+def test_an_eos_that_the_tokenizer_has_put_behind_a_text_is_not_there_twice(lines):
+    backend = llama2()
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = Tokenizer(backend)
+    (document,) = read_documents(["the light"], tokenizer, eos=2)
+    assert document.ids.tolist() == tokenizer.encode("the light")
+    (document,) = read_documents(lines({"prompt": "the", "completion": " light"}), tokenizer, eos=2)
+    assert document.ids.tolist() == [*tokenizer.encode("the"), *tokenizer.encode(" light", continues=True), 2]
 
 
 def test_a_line_end_of_unicode_inside_a_json_string_ends_no_line(tokenizer, lines):

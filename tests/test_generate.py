@@ -342,6 +342,21 @@ WRONG = [
         ({"prompt": bad}, "token ids must be")
         for bad in ([-1], [4096], [1.5], [True], None, b"a", [1, [2]], ["a", [1]])
     ],
+    *[
+        ({"prompt": bad}, f"token ids must be integers, got {stray}$")
+        for bad, stray in (
+            ([1, True], "True"),
+            ([[1, 2], [3, False]], "False"),
+            ([1, np.True_], "np.True_"),
+            ([1, 2.0], "2.0"),
+            (["a", 1], "'a'"),
+            ([1, "2"], "'2'"),
+            ([[1], "a"], "'a'"),
+            ([1, None], "None"),
+            ([np.array([1]), np.array([True])], "bool"),
+            ([np.array([1]), np.array([1.0])], "float64"),
+        )
+    ],
     *[({"prompt": bad}, "a prompt must have one token id or more in one row") for bad in (3, [[]], [[1], [[2]]])],
 ]
 
@@ -359,6 +374,7 @@ def test_an_argument_that_cannot_be_is_refused_by_name(lm, options, message):
 
 @pytest.mark.parametrize("kind", [np.int64, np.uint8])
 def test_numpy_numbers_are_numbers(lm, kind):
+    assert lm.stream([kind(1), 2]).row.prompt == [1, 2]
     sizes = dict.fromkeys(("max_new_tokens", "n", "batch_size", "top_k"), 2)
     prompts, options = [[1, 2]] * 3, {"temperature": 1, "overflow": "truncate_left", "seed": [1, 2**63, 3, 4, 5, 6]}
     want = [each.tokens for each in lm.generate(prompts, **options, **sizes)]

@@ -66,6 +66,13 @@ def test_two_threads_fetch_the_same_model(hub):
     assert read_entries(folders[0]).keys() == tensors().keys()
 
 
+def test_sentencepiece_comes_where_there_is_no_other_tokenizer(hub):
+    for tokenizer in (True, False):
+        hub.commit(NAME, files(tokenizer=tokenizer) | {"tokenizer.model": b"\n\x0e"})
+        hub.forget()
+        assert (fetch(NAME, refresh=True) / "tokenizer.model").is_file() is not tokenizer
+
+
 # The cache
 
 

@@ -31,7 +31,8 @@ def logits_of(weights):
 
 def probabilities(logits, temperature=1.0, **options):
     """What the thresholds leave: (V,), summing to 1."""
-    ids, weights = candidates(logits, temperature, **{name: x for name, x in options.items() if x is not None})
+    with np.errstate(over="ignore"):
+        ids, weights = candidates(logits, temperature, **{name: x for name, x in options.items() if x is not None})
     result = np.zeros(logits.size)
     result[ids] = weights / weights.sum()
     return result

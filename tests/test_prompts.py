@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+from small_tokenizers import llama2
 
 import model
-from model import ContextError, GPT2Config, LanguageModel, ModelError, few_shot
+from model import ContextError, GPT2Config, LanguageModel, ModelError, Tokenizer, few_shot
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,12 @@ def test_the_limit_is_the_models_own(lm):
     assert few_shot(short, "q", max_new_tokens=20 - tokens).tokens == tokens
     with pytest.raises(ContextError, match="but the model has 20 positions"):
         few_shot(short, "q", max_new_tokens=21 - tokens)
+
+
+def test_the_bos_token_counts_where_the_tokenizer_puts_one_before_a_text(lm):
+    tokenizer = Tokenizer(llama2())
+    other = LanguageModel(lm.config, lm.parameters, tokenizer=tokenizer)
+    prompt = few_shot(other, "light")
+    ids = other.stream(prompt.text).row.prompt
+    assert ids == tokenizer.backend.encode(prompt.text).ids
+    assert (ids[0], len(ids)) == (1, prompt.tokens)

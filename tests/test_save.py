@@ -54,6 +54,23 @@ def test_a_model_without_files_leaves_a_tokenizer_where_it_is(folder):
     assert model.load(folder, device="cpu").tokenizer.encode("ab") == [256]
 
 
+def test_a_tokenizer_of_two_files_keeps_its_bos_as_one(folder, tmp_path):
+    """Beside `tokenizer.json`, which is written then, `add_bos_token` counts no more."""
+    (as_two_files(folder) / "tokenizer_config.json").write_text('{"add_bos_token": true, "add_prefix_space": true}')
+    lm = model.load(folder, device="cpu")
+    lm.save(tmp_path / "copy")
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "copy")
+    found = model.load(tmp_path / "copy", device="cpu").tokenizer
+    assert found.encode("ab") == theirs("ab")["input_ids"] == lm.tokenizer.encode("ab")
+    assert found.encode("ab")[0] == 257
+
+
+def test_a_tokenizer_that_is_not_read_is_copied(folder, tmp_path):
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    model.load(folder, device="cpu").save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == b"pieces"
+
+
 def test_the_home_folder_is_that_of_load(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from choice import choose, uniform
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import llama2
 from test_generate import known, scripted, tiny
 
 import model
@@ -256,3 +257,36 @@ def test_slide_computes_the_newer_half_anew(options):
             tokens.append(choose(lm.logits(window)[0, -1], sampling, uniform(seed, 0, step)))
             window = [*window, tokens[-1]] if len(window) < 8 else [*window, tokens[-1]][-4:]
         assert (result.tokens, result.finish_reason) == (tokens, "length")
+
+
+# A tokenizer of SentencePiece's kind, where a line end is a byte and a decoder takes the space from a text's beginning
+
+PIECES = Tokenizer(llama2())
+PROMPT = PIECES.encode("In the beginning")
+
+
+def follows(text: str) -> LanguageModel:
+    """Says `text` behind the prompt."""
+    ids = PIECES.encode(text, continues=True)
+    return scripted([0] * (len(PROMPT) - 1) + ids, tokenizer=PIECES)
+
+
+def test_text_that_follows_a_prompt_keeps_its_first_space():
+    ids = PIECES.encode(" the light 🙂", continues=True)
+    result = follows(" the light 🙂").generate("In the beginning", max_new_tokens=len(ids))
+    stream = follows(" the light 🙂").stream("In the beginning", max_new_tokens=len(ids))
+    assert result.prompt_tokens == len(PROMPT)
+    assert (result.tokens, result.text) == (ids, " the light 🙂")
+    assert "".join(stream) == result.text == PIECES.decode([*PROMPT, *ids]).removeprefix("In the beginning")
+
+
+def test_a_line_end_of_bytes_stops_at_its_own_token():
+    result = follows(" light\n\nthe").generate("In the beginning", max_new_tokens=20, stop="\n\n")
+    assert (result.text, result.stop, result.finish_reason) == (" light", "\n\n", "stop")
+    assert result.tokens == PIECES.encode(" light\n\n", continues=True)
+
+
+def test_an_empty_prompt_is_what_the_tokenizer_puts_around_a_text():
+    lm = scripted([0], tokenizer=PIECES)
+    lm.config = dataclasses.replace(lm.config, bos_token_id=None)
+    assert lm.stream("", max_new_tokens=1).row.prompt == [1]

@@ -1,13 +1,16 @@
 """Text to ids and back, and text that comes id by id."""
 
+import functools
 import json
-from pathlib import Path
+import re
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from small_tokenizers import KINDS
+from tokenizers import pre_tokenizers
 
-from model import Tokenizer, TokenizerError
+from model import Tokenizer
 from model.load import locate
 from model.tokenizer import TextStream
 
@@ -90,22 +93,14 @@ def test_the_size_is_one_more_than_the_largest_id():
     assert TOKENIZER.size == 1 + max(TOKENIZER.backend.get_vocab(with_added_tokens=True).values())
 
 
-_ADDED = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False) | {"__type": "AddedToken"}
-
-
-def write_two_files(folder: Path, **beside: dict) -> Path:
-    """The bundled tokenizer as `vocab.json` and `merges.txt`, and other documents beside them."""
-    backend = json.loads(TOKENIZER.to_json())["model"]
-    merges = "\n".join(["#version: 0.2", *map(" ".join, backend["merges"]), ""])
-    (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    for name, document in {"vocab": backend["vocab"], **beside}.items():
-        (folder / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def two_files(tmp_path_factory):
-    return Tokenizer.from_folder(write_two_files(tmp_path_factory.mktemp("tokenizer")))
+    """The bundled tokenizer as `vocab.json` and `merges.txt`."""
+    folder, backend = tmp_path_factory.mktemp("tokenizer"), json.loads(TOKENIZER.to_json())["model"]
+    merges = "\n".join(["#version: 0.2", *map(" ".join, backend["merges"]), ""])
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(backend["vocab"]), encoding="utf-8")
+    return Tokenizer.from_folder(folder)
 
 
 @settings(max_examples=100, deadline=None)
@@ -118,31 +113,94 @@ def test_vocabulary_and_merges_make_the_same_tokenizer(two_files, text):
     assert two_files.size == TOKENIZER.size
 
 
-@pytest.mark.parametrize(
-    "beside",
-    [
-        {"tokenizer_config": {"add_prefix_space": True}},
-        {"added_tokens": {"<|pad|>": TOKENIZER.size}},
-        {"added_tokens": {"<|pad|>": TOKENIZER.size}, "special_tokens_map": {"pad_token": "<|pad|>"}},
-        {
-            "added_tokens": {"<|pad|>": TOKENIZER.size},
-            "tokenizer_config": {"pad_token": {"content": "<|pad|>"} | _ADDED},
-        },
-        {"special_tokens_map": {"additional_special_tokens": ["and"]}},
-    ],
-    ids=str,
-)
-def test_the_files_beside_vocabulary_and_merges_mean_what_transformers_takes_them_for(tmp_path, beside):
-    theirs = pytest.importorskip("transformers").GPT2Tokenizer.from_pretrained(write_two_files(tmp_path, **beside))
-    ours = Tokenizer.from_folder(tmp_path)
-    for text in ("And land", " he", "a<|pad|> b<|endoftext|>c"):
-        ids = theirs(text)["input_ids"]
-        assert ours.encode(text) == ids
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+# Other kinds: SentencePiece's, with a space before a text and bytes for what has no piece, and Llama 3's.
 
 
-@pytest.mark.parametrize("name", ["added_tokens", "special_tokens_map", "tokenizer_config"])
-def test_a_damaged_file_beside_vocabulary_and_merges_is_named(tmp_path, name):
-    write_two_files(tmp_path, **{name: ["a", "b"]})
-    with pytest.raises(TokenizerError, match=f"{name}.json: must hold a JSON object"):
-        Tokenizer.from_folder(tmp_path)
+@functools.cache
+def small(kind: str, prefix: bool = False) -> Tokenizer:
+    backend = KINDS[kind]()
+    if prefix:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return Tokenizer(backend)
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int], after: list[int] = ()) -> str:
+    stream = TextStream(tokenizer, after)
+    return "".join(map(stream.step, ids)) + stream.flush()
+
+
+words = st.lists(st.sampled_from([*"aé日🙂 \n▁\ufffd", "the", " light", "  "]), max_size=12).map("".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(kind=st.sampled_from(["llama2", "mistral", "llama3", "gpt2"]), text=words, special=st.booleans())
+@example(kind="llama2", text=" the  light", special=True)
+@example(kind="llama2", text="\ufffd🙂\n", special=True)
+@example(kind="mistral", text="▁ a", special=True)
+def test_pieces_join_to_the_librarys_text(kind, text, special):
+    tokenizer = small(kind)
+    ids = tokenizer.encode(text)
+    if special:
+        ids = [each for id in ids for each in (id, min(tokenizer.special_ids))]
+    truth = tokenizer.backend.decode(ids, skip_special_tokens=True)
+    assert streamed(tokenizer, ids) == tokenizer.decode(ids) == truth
+
+
+def bytes_of(tokenizer: Tokenizer, ids: list[int]) -> bytes:
+    """What ids of a SentencePiece vocabulary mean."""
+    tokens = [tokenizer.backend.id_to_token(id) for id in ids if id not in tokenizer.special_ids]
+    is_byte = re.compile("<0x..>").fullmatch
+    return b"".join(bytes.fromhex(each[3:5]) if is_byte(each) else each.replace("▁", " ").encode() for each in tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, small("llama2").size - 1) | st.integers(3, 258), max_size=20))
+@example(ids=[3 + byte for byte in "日".encode()] + [3 + 0xFF])
+@example(ids=[3 + 0xE6, 1, 3 + 0x97, 2, 3 + 0xA5])
+def test_a_byte_that_is_no_text_takes_no_text_back(ids):
+    """The library's own decoder makes U+FFFD of all bytes in a row where one of them is wrong."""
+    tokenizer, stream, shown = small("llama2"), TextStream(small("llama2"), [5]), ""
+    truth = bytes_of(tokenizer, ids).decode("utf-8", "replace")
+    for id in ids:
+        shown += stream.step(id)
+        assert truth.startswith(shown)
+    assert shown + stream.flush() == truth
+
+
+def test_a_line_end_that_is_a_byte_comes_at_once():
+    stream = TextStream(small("llama2"), [5])
+    assert [stream.step(3 + byte) for byte in b"\n\n"] == ["\n", "\n"]
+    assert [stream.step(3 + byte) for byte in "🙂".encode()] == ["", "", "", "🙂"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(kind=st.sampled_from(["llama2", "mistral", "metaspace", "llama3", "gpt2"]), parts=st.tuples(words, words))
+@example(kind="llama2", parts=("the", " light"))
+@example(kind="metaspace", parts=("the", "  light"))
+def test_a_text_that_continues_another_keeps_its_spaces_and_has_no_bos(kind, parts):
+    tokenizer = small(kind)
+    if kind == "metaspace":  # has no bytes for what has no piece
+        parts = tuple(re.sub("[^a-z ]", "", part) for part in parts)
+    before, ids = tokenizer.encode(parts[0]), tokenizer.encode(parts[1], continues=True)
+    wanted = parts[1] if kind in ("gpt2", "llama3") else parts[1].replace("▁", " ")
+    assert not tokenizer.special_ids & set(ids)
+    assert tokenizer.encode_all([parts[1]], continues=True) == [ids]
+    if parts[0]:
+        assert streamed(tokenizer, ids, before) == wanted
+        whole = tokenizer.backend.decode([*before, *ids], skip_special_tokens=True)
+        assert whole == tokenizer.backend.decode(before, skip_special_tokens=True) + wanted
+
+
+def test_no_space_is_put_before_a_text_that_continues_another():
+    tokenizer = small("gpt2", prefix=True)
+    assert tokenizer.encode("light") == small("gpt2").encode(" light")
+    assert tokenizer.encode("light", continues=True) == small("gpt2").encode("light")
+
+
+def test_behind_special_tokens_alone_a_text_begins():
+    tokenizer = small("llama2")
+    ids = tokenizer.encode("the light", continues=True)
+    spaced = tokenizer.encode(" the light", continues=True)
+    assert streamed(tokenizer, spaced, [1]) == streamed(tokenizer, spaced) == "the light"
+    assert streamed(tokenizer, ids, [1]) == "the light"
+    assert streamed(tokenizer, spaced, [1, 5]) == " the light"

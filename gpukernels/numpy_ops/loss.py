@@ -25,12 +25,11 @@ def cross_entropy_with_gradient(
     upstream = loss.dtype.type(1 if scale is None else scale.reshape(()))
     for part, x, t, w in _blocks(logits, targets, weights):
         loss[part], lse = _losses(x, t, w, ignore_index, label_smoothing, z_loss)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            g = upstream * (1 if w is None else w) / (divisor if reduction == "mean" else 1)
-            dx = np.exp(x - lse[:, None]) * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / x.shape[1]
-            kept = np.flatnonzero(t != ignore_index)
-            dx[kept, t[kept]] -= 1 - label_smoothing
-            dx = np.where((t != ignore_index)[:, None], dx * np.broadcast_to(g, t.shape)[:, None], 0)
+        g = upstream * (1 if w is None else w) / (divisor if reduction == "mean" else 1)
+        dx = np.exp(x - lse[:, None]) * (1 + 2 * z_loss * lse[:, None]) - label_smoothing / x.shape[1]
+        kept = np.flatnonzero(t != ignore_index)
+        dx[kept, t[kept]] -= 1 - label_smoothing
+        dx = np.where((t != ignore_index)[:, None], dx * np.broadcast_to(g, t.shape)[:, None], 0)
         dlogits[part] = dx
     return _reduce(loss, divisor, reduction, targets.shape), dlogits.reshape(logits.shape)
 
@@ -81,21 +80,19 @@ def _blocks(logits, targets, weights):
 def _losses(x, targets, weights, ignore_index, label_smoothing, z_loss):
     """The weighted losses of some rows, and their lse."""
     kept = targets != ignore_index
-    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        largest = x.max(1, initial=-np.inf)
-        log_total = np.log(np.exp(x - largest[:, None]).sum(1))
-        # From the largest logit, not from lse: what is near 0 keeps its digits.
-        away = largest - x[np.arange(len(x)), np.where(kept, targets, 0)]
-        if label_smoothing:
-            away = (1 - label_smoothing) * away + label_smoothing * (largest - x.mean(1))
-        lse = largest + log_total
-        loss = log_total + away + z_loss * lse * lse
-        return np.where(kept, loss if weights is None else loss * weights, 0), lse
+    largest = x.max(1, initial=-np.inf)
+    log_total = np.log(np.exp(x - largest[:, None]).sum(1))
+    # From the largest logit, not from lse: what is near 0 keeps its digits.
+    away = largest - x[np.arange(len(x)), np.where(kept, targets, 0)]
+    if label_smoothing:
+        away = (1 - label_smoothing) * away + label_smoothing * (largest - x.mean(1))
+    lse = largest + log_total
+    loss = log_total + away + z_loss * lse * lse
+    return np.where(kept, loss if weights is None else loss * weights, 0), lse
 
 
 def _reduce(loss, divisor, reduction, shape):
     if reduction == "none":
         return loss.reshape(shape)
     total = np.add.reduce(loss)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(total / divisor if reduction == "mean" else total)
+    return np.asarray(total / divisor if reduction == "mean" else total)

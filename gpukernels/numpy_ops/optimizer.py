@@ -29,20 +29,19 @@ def adamw(
     keep1, keep2 = (dtype.type(1 - b) for b in betas)
     exact = parameter if master is None else master
     decayed = parameter.size if decayed is None else decayed
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for start in range(0, parameter.size, BLOCK):
-            part = slice(start, start + BLOCK)
-            p, m, v = exact[part], first_moment[part], second_moment[part]
-            g = gradient[part].astype(dtype)
-            if scale is not None:
-                g *= scale
-            m += keep1 * (g - m)
-            g *= g
-            v += keep2 * (g - v)
-            change = m / correction1
-            change /= np.sqrt(v / correction2) + dtype.type(eps)
-            decaying = max(0, decayed - start)
-            change[:decaying] += dtype.type(weight_decay) * p[:decaying]
-            p -= rate * change
-            if master is not None:
-                parameter[part] = p
+    for start in range(0, parameter.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        p, m, v = exact[part], first_moment[part], second_moment[part]
+        g = gradient[part].astype(dtype)
+        if scale is not None:
+            g *= scale
+        m += keep1 * (g - m)
+        g *= g
+        v += keep2 * (g - v)
+        change = m / correction1
+        change /= np.sqrt(v / correction2) + dtype.type(eps)
+        decaying = max(0, decayed - start)
+        change[:decaying] += dtype.type(weight_decay) * p[:decaying]
+        p -= rate * change
+        if master is not None:
+            parameter[part] = p

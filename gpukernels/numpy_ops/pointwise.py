@@ -41,12 +41,11 @@ def _activated(x, activation, factor=None):
     factors = None if factor is None else factor.reshape(rows.shape)
     for part in row_blocks(rows):
         block = rows[part].astype(compute)
-        with np.errstate(invalid="ignore"):  # minus infinity times 0 is NaN, as it is in torch
-            ACTIVATIONS[activation](block)
-            if factors is not None:
-                block *= factors[part]
-        with np.errstate(over="ignore"):
-            out[part] = block
+        # minus infinity times 0 is NaN, as it is in torch
+        ACTIVATIONS[activation](block)
+        if factors is not None:
+            block *= factors[part]
+        out[part] = block
     return y
 
 
@@ -56,11 +55,10 @@ def _activated(x, activation, factor=None):
 def _gelu_new(x):
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): Hendrycks and Gimpel, arXiv 1606.08415."""
     root = math.sqrt(2 / math.pi)
-    with np.errstate(over="ignore"):
-        inner = x * x
-        inner *= 0.044715 * root
-        inner += root
-        inner *= x
+    inner = x * x
+    inner *= 0.044715 * root
+    inner += root
+    inner *= x
     np.tanh(inner, out=inner)
     inner += 1
     inner *= 0.5
@@ -79,8 +77,7 @@ def _relu(x):
 
 
 def _silu(x):
-    with np.errstate(over="ignore"):
-        denominator = np.exp(-x)
+    denominator = np.exp(-x)
     denominator += 1
     x /= denominator
 

@@ -18,9 +18,9 @@ def rope(x, positions, *, theta=10000.0, frequencies=None, interleaved=False):
     y[..., 2 * half :] = x[..., 2 * half :]
     one, other = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
     a, b = x[..., one].astype(compute, copy=False), x[..., other].astype(compute, copy=False)
-    with np.errstate(over="ignore"):  # float16 of more than 65504 is infinite
-        y[..., one] = a * cos - b * sin
-        y[..., other] = b * cos + a * sin
+    # float16 of more than 65504 is infinite
+    y[..., one] = a * cos - b * sin
+    y[..., other] = b * cos + a * sin
     return y
 
 

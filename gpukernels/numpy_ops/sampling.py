@@ -120,8 +120,7 @@ def uniform(seed, stream, step):
 
 def candidates(x, temperature, top_k=0, top_p=1.0, min_p=0.0) -> tuple[np.ndarray, np.ndarray]:
     """The ids that may be drawn, ascending, and their weights; x (V,) float32 with a finite maximum."""
-    with np.errstate(over="ignore"):
-        distance = x.max() - x
+    distance = x.max() - x
     ids = np.arange(x.size)
     if 0 < top_k < x.size:
         kept = distance <= np.partition(distance, top_k - 1)[top_k - 1]
@@ -154,8 +153,7 @@ def _weights(distance, rate):
     for start in range(0, distance.size, _BLOCK):
         power = weights[start : start + _BLOCK]
         fraction, octave = fraction[: power.size], octave[: power.size]
-        with np.errstate(over="ignore"):
-            y = distance[start : start + _BLOCK] * rate
+        y = distance[start : start + _BLOCK] * rate
         np.minimum(y, 63, out=y)
         y *= np.float32(2**24)
         octave[:] = y
@@ -174,8 +172,7 @@ def _weights(distance, rate):
 
 def _penalize(x, ids, penalty):
     values = x[ids]
-    with np.errstate(over="ignore"):
-        x[ids] = np.where(values < 0, values * penalty, values / penalty)
+    x[ids] = np.where(values < 0, values * penalty, values / penalty)
 
 
 def _philox(seed: int, stream: int, step: int) -> int:

@@ -7,9 +7,9 @@
 | a list of strings | one each |
 | token ids, `.npy` or an array | (N, T): one a row; (N,): a stream, in which a document ends with its eos |
 
-A document of text ends with the eos token; token ids are taken as they stand. No other special token is
-added, and where a text itself spells one (`<|endoftext|>`), it is that token. `jsonl.py` says what becomes
-of prompts and messages.
+A document of text begins as a prompt does, with the special tokens that the tokenizer puts there (bos, in LLaMA's),
+and ends with the eos token; token ids are taken as they stand. Where a text itself spells a special token
+(`<|endoftext|>`), it is that token. `jsonl.py` says what becomes of prompts and messages.
 """
 
 from collections.abc import Iterator, Sequence
@@ -189,18 +189,21 @@ def _of_strings(source: Any) -> Iterator[tuple[str, list[Part]]]:
 
 def _encode(texts: list, name: str, tokenizer: Tokenizer, eos: int, vocabulary: int) -> list[Document]:
     """Documents of (where, parts): encoded many parts at a time, then joined."""
-    encoded = _batches([part.text for _, parts in texts for part in parts], tokenizer)
+    firsts = _batches([parts[0].text for _, parts in texts], tokenizer, continues=False)
+    others = _batches([part.text for _, parts in texts for part in parts[1:]], tokenizer, continues=True)
     found, faults, end = [], [], np.array([eos], np.int32)
+    around = tokenizer.encode("")  # what the tokenizer puts around a text
+    has_end = tokenizer.encode("a")[-1:] == [eos]
     for where, parts in texts:
         pieces, flags = [], []
-        for part in parts:
-            ids = next(encoded)
+        for number, part in enumerate(parts):
+            ids = next(others if number else firsts)
             if ids is None:
                 faults.append(f"{where}: is not valid Unicode: half of a surrogate pair")
                 ids = end
-            elif not len(ids) and len(parts) == 1:
+            elif len(ids) == len(around) and len(parts) == 1:
                 faults.append(f"{where}: there is no token in it")
-            for piece in (ids, end) if part.ends else (ids,):
+            for piece in (ids, end) if part.ends and not (has_end and number == 0) else (ids,):
                 pieces.append(piece)
                 flags.append(np.full(len(piece), part.wanted))
         found.append(Document(np.concatenate(pieces), np.concatenate(flags)))
@@ -211,7 +214,7 @@ def _encode(texts: list, name: str, tokenizer: Tokenizer, eos: int, vocabulary: 
     return found
 
 
-def _batches(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray | None]:
+def _batches(texts: list[str], tokenizer: Tokenizer, *, continues: bool) -> Iterator[np.ndarray | None]:
     """The ids of each text, in order; None for one that is not Unicode."""
     start = 0
     while start < len(texts):
@@ -219,9 +222,9 @@ def _batches(texts: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray | No
         while stop < len(texts) and size < _AT_A_TIME:
             size, stop = size + len(texts[stop]), stop + 1
         batch = [each if _encodable(each) else None for each in texts[start:stop]]
-        encodings = tokenizer.backend.encode_batch_fast([each or "" for each in batch], add_special_tokens=False)
-        for text, encoding in zip(batch, encodings, strict=True):
-            yield None if text is None else np.array(encoding.ids, np.int32)
+        encoded = tokenizer.encode_all([each or "" for each in batch], continues=continues)
+        for text, ids in zip(batch, encoded, strict=True):
+            yield None if text is None else np.array(ids, np.int32)
         start = stop
 
 
