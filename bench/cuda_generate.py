@@ -1,11 +1,10 @@
-"""Decoding on a GPU, measured: the answers first, then every runtime in turn, round by round.
+"""Decoding on a GPU, measured: the answers first, then every runtime in turn, round by round, each in its process.
 
 A case is a batch of prompts of one length and a number of new tokens. Two times are taken of each: of the first
 token alone, and of all. What lies between, by the tokens but one, is the latency of a token.
 """
 
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ import numpy as np
 import torch
 
 from bench.cost_card import step
-from bench.cuda_providers import NUMPY, OURS, Generate, Judge, judge, on_numpy, providers, random_model
+from bench.cuda_providers import JUDGE, NUMPY, Runtime, chosen
 from bench.timing import Times, interleaved
+from bench.worker import Worker, Workers
 from model.gpt2_config import GPT2Config
 
 Row = dict[str, Any]
@@ -59,99 +59,93 @@ def measure(
     config: GPT2Config,
     cases: Sequence[Case],
     *,
-    device: torch.device,
+    device: str,
     dtype: str,
     rounds: int,
     compiled: bool,
     bandwidth: float | None,
     numpy: bool = False,
     persistent: bool = False,
+    start: Callable[..., Worker] = Worker,
 ) -> Iterator[list[Row]]:
-    """Case by case, a row for each runtime.
+    """Case by case, a row for each runtime. Each is in a process of its own; one that fails starts again, once.
 
     Args:
         bandwidth: bytes a second of this device, None where it is not known.
         numpy: also our NumPy path, in the first case, when all others are through: its threads spin.
         persistent: also our step in one launch, where the model has one.
+        start: starts a worker.
     """
-    lm = random_model(config, device, dtype)
-    runs, truth = providers(lm, compiled=compiled, persistent=persistent), judge(lm)
-    for case in cases:
-        prompts = _prompts(case, config)
-        warm_up: dict[str, Row] = {}
-        try:
-            warm_up[OURS] = {"warm_up_seconds": lm.warm_up(case.batch)}
-        except Exception as fault:  # of ours; its answers may still come, and the others'
-            warm_up[OURS] = {"warm_up_fault": _said(fault)}
-        found = {name: _judged(run, prompts, case.new, truth) for name, run in runs.items()}
-        right = {name: run for name, run in runs.items() if _is_right(found[name], dtype)}
-        faults: dict[str, Exception] = {}
-        options = {"rounds": rounds, "pause": 0, "faults": faults}
-        first = interleaved({name: _timed(run, prompts, 1) for name, run in right.items()}, **options)
-        whole = interleaved({name: _timed(right[name], prompts, case.new) for name in first}, **options)
-        found |= {name: {"fault": _said(fault)} for name, fault in faults.items()}
-        floor = None
-        if bandwidth is not None:
-            mean = case.context + case.new // 2
-            floor = step(config, dtype, batch=case.batch, context=mean).floor(bandwidth)
-        rows = []
-        for name, answer in found.items():
-            row: Row = {"preset": preset, "dtype": dtype, **case._asdict(), "runtime": name, **answer}
-            if name in whole:
-                row |= _figures(case, first[name], whole[name], floor) | warm_up.get(name, {})
-                row["over"] = {other: whole[name].speedup(times) for other, times in whole.items() if other != name}
-            rows.append(row)
-        yield rows
-    if numpy:
-        case, run = cases[0], on_numpy(lm)
-        prompts = _prompts(case, config)
-        row = {"preset": preset, "dtype": "float32", **case._asdict(), "runtime": NUMPY}
-        row |= _judged(run, prompts, case.new, truth)
-        if _is_right(row, "float32"):
-            first, whole = (
-                interleaved({NUMPY: _timed(run, prompts, new)}, rounds=2, pause=0)[NUMPY] for new in (1, case.new)
-            )
-            row |= _figures(case, first, whole, None) | {"over": {}}
-        yield [row]
+    names = chosen(device, compiled=compiled, persistent=persistent)
+    makes = {name: (Runtime, name, config, device, dtype) for name in (*names, NUMPY, JUDGE)}
+    with Workers(makes, start) as workers:
+        for case in cases:
+            floor = None
+            if bandwidth is not None:
+                mean = case.context + case.new // 2
+                floor = step(config, dtype, batch=case.batch, context=mean).floor(bandwidth)
+            workers.start((*names, JUDGE))
+            rows = _rows(workers, names, case, _prompts(case, config), dtype, rounds, floor)
+            yield [{"preset": preset, **row} for row in rows]
+        if numpy:
+            workers.close(names)
+            workers.start((NUMPY, JUDGE))
+            rows = _rows(workers, [NUMPY], cases[0], _prompts(cases[0], config), "float32", 2, None)
+            yield [{"preset": preset, **row} for row in rows]
+
+
+def _rows(
+    workers: Workers,
+    names: Sequence[str],
+    case: Case,
+    prompts: list[list[int]],
+    dtype: str,
+    rounds: int,
+    floor: float | None,
+) -> list[Row]:
+    found = {name: _judged(workers, name, prompts, case.new) for name in names}
+    faults: dict[str, Exception] = {}
+
+    def timed(new: int, names: Iterable[str]) -> dict[str, Times]:
+        runs = {name: lambda name=name: workers.call(name, "generate", prompts, new)[1] for name in names}
+        return interleaved(runs, rounds=rounds, pause=0, faults=faults)
+
+    first = timed(1, [name for name in names if found[name].get("regret", np.inf) <= _SLACK[dtype]])
+    whole = timed(case.new, first)
+    found |= {name: {"fault": _line(fault)} for name, fault in faults.items()}
+    rows = []
+    for name, answer in found.items():
+        row: Row = {"dtype": dtype, **case._asdict(), "runtime": name, **answer}
+        if name in whole:
+            row |= _figures(case, first[name], whole[name], floor)
+            row["over"] = {other: whole[name].speedup(times) for other, times in whole.items() if other != name}
+        rows.append(row)
+    return rows
 
 
 def _prompts(case: Case, config: GPT2Config) -> list[list[int]]:
     return np.random.default_rng(case).integers(0, config.vocab_size, (case.batch, case.context)).tolist()
 
 
-def _is_right(answer: Row, dtype: str) -> bool:
-    return answer.get("regret", np.inf) <= _SLACK[dtype]
-
-
-def _judged(run: Generate, prompts: Sequence[Sequence[int]], new: int, truth: Judge) -> Row:
-    """regret: how far below the best logit a chosen token's is, at worst, as a share of the largest; or a fault."""
+def _judged(workers: Workers, name: str, prompts: list[list[int]], new: int) -> Row:
+    """regret: see `Runtime.regret`; or a fault, of one runtime: the others can still be measured."""
     try:
-        tokens = run(prompts, new)
-    except Exception as fault:  # of one runtime; the others can still be measured
-        return {"fault": _said(fault)}
+        warm_up = workers.call(name, "warm_up", len(prompts))[0]
+        tokens = workers.call(name, "generate", prompts, new)[0]
+    except RuntimeError as fault:
+        return {"fault": _line(fault)}
     if [len(each) for each in tokens] != [new] * len(prompts):
         return {"fault": "another number of tokens"}
-    if min(map(min, tokens)) < 0:  # the judge's table has no such row, and a GPU does not recover from reading one
+    if min(map(min, tokens)) < 0:  # the judge's table has no such row
         return {"fault": "a token of -1: its logits are not finite"}
-    worst = 0.0
-    for prompt, chosen in list(zip(prompts, tokens, strict=True))[:_JUDGED]:
-        logits = truth.logits([*prompt, *chosen])[len(prompt) - 1 : -1]
-        behind = logits.max(1) - logits[np.arange(new), chosen]
-        worst = max(worst, float((behind / np.abs(logits).max(1)).max()))
-    return {"regret": worst}
+    try:
+        return {"regret": workers.call(JUDGE, "regret", prompts[:_JUDGED], tokens[:_JUDGED])[0], **warm_up}
+    except RuntimeError as fault:
+        return {"fault": f"not judged: {_line(fault)}"}
 
 
-def _said(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {fault}".splitlines()[0]
-
-
-def _timed(run: Generate, prompts: Sequence[Sequence[int]], new: int) -> Callable[[], float]:
-    def timed() -> float:
-        start = time.perf_counter()
-        run(prompts, new)  # tokens on the host: the device has ended
-        return time.perf_counter() - start
-
-    return timed
+def _line(fault: Exception) -> str:
+    return str(fault).splitlines()[0]
 
 
 def _figures(case: Case, first: Times, whole: Times, floor: float | None) -> Row:

@@ -1,12 +1,12 @@
 """The runtimes that `bench.generate` compares on a GPU, each by one call: prompts in, greedy tokens out.
 
-All have the same random weights, drawn on the device: transformers' are copied from ours, plain torch's are the
-very same tensors. Everything runs on CPU tensors too, uncaptured.
+All have the same random weights, drawn on the device in the process of each: transformers' are copied from ours,
+plain torch's are the very same tensors. Everything runs on CPU tensors too, uncaptured.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from model.sampling import Sampling
 OURS, EAGER, PERSISTENT = "ours, captured", "ours, eager", "ours, persistent"
 TRANSFORMERS, COMPILED = "transformers eager", "transformers static + compile"
 GRAPH = "torch + CUDA graph"
-NUMPY = "ours, NumPy float32"
+NUMPY, JUDGE = "ours, NumPy float32", "judge"
 
 #: How far two ways of adding up a float16 step may be from each other, of the largest logit: a rounding for each
 #: of a dozen layers. With bfloat16's eight times wider roundings it is two.
@@ -33,13 +33,6 @@ STEP_ERROR = 2.0**-7
 
 Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]
-
-
-class Judge(Protocol):
-    """Tells right tokens from wrong ones."""
-
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """(T, V) of one sequence, in float32."""
 
 
 def random_model(config: GPT2Config, device: torch.device, dtype: str, seed: int = 0) -> LanguageModel:
@@ -179,34 +172,6 @@ class OursPersistent(OursEager):
         return worst
 
 
-class Later:
-    """What `make` makes, at the first call: what goes wrong then is a row of a table, and no end of it."""
-
-    def __init__(self, make: Callable[[], Generate]):
-        self._make, self._made = make, None
-
-    def __call__(self, prompts: Prompts, new: int) -> list[list[int]]:
-        self._made = self._made or self._make()
-        return self._made(prompts, new)
-
-
-def providers(lm: LanguageModel, *, compiled: bool, persistent: bool = False) -> dict[str, Generate]:
-    """By name, all that can run here; transformers' need it to be installed."""
-    from bench.providers import installed
-
-    dtype = lm.parameters["tokens.weight"].dtype
-    found: dict[str, Generate] = {OURS: Ours(lm), EAGER: OursEager(lm), GRAPH: TorchGraph(lm)}
-    if not lm.parameters.device.name.startswith("cuda"):
-        del found[OURS]  # nothing is captured
-    elif persistent and why_not_persistent(lm.parameters, lm.config) is None:
-        found[PERSISTENT] = OursPersistent(lm)
-    if installed("transformers"):
-        found[TRANSFORMERS] = Later(lambda: Transformers(lm, dtype))
-        if compiled:
-            found[COMPILED] = Later(lambda: Transformers(lm, dtype, static=True))
-    return found
-
-
 def on_numpy(lm: LanguageModel) -> Generate:
     """The same weights on the host."""
     parameters = Parameters(lm.parameters.slots.values(), NumpyDevice(), "float32")
@@ -215,6 +180,68 @@ def on_numpy(lm: LanguageModel) -> Generate:
     return Ours(LanguageModel(lm.config, parameters, eos_token_ids=()))
 
 
-def judge(lm: LanguageModel) -> Judge:
+def judge(lm: LanguageModel) -> Transformers:
     """transformers in float32, with the same weights."""
     return Transformers(lm, torch.float32)
+
+
+def _persistent(lm: LanguageModel) -> Generate:
+    if why := why_not_persistent(lm.parameters, lm.config):
+        raise RuntimeError(why)
+    return OursPersistent(lm)
+
+
+#: What makes each of a model.
+RUNTIMES: dict[str, Callable[[LanguageModel], Generate]] = {
+    OURS: Ours,
+    EAGER: OursEager,
+    PERSISTENT: _persistent,
+    GRAPH: TorchGraph,
+    TRANSFORMERS: lambda lm: Transformers(lm, lm.parameters["tokens.weight"].dtype),
+    COMPILED: lambda lm: Transformers(lm, lm.parameters["tokens.weight"].dtype, static=True),
+    NUMPY: on_numpy,
+    JUDGE: judge,
+}
+
+
+def chosen(device: str, *, compiled: bool, persistent: bool = False) -> list[str]:
+    """The runtimes that can be compared here; transformers' need it to be installed."""
+    from bench.providers import installed
+
+    cuda, theirs = device.startswith("cuda"), installed("transformers")  # elsewhere nothing is captured
+    wanted = {OURS: cuda, PERSISTENT: cuda and persistent, TRANSFORMERS: theirs, COMPILED: theirs and compiled}
+    return [name for name in (OURS, EAGER, GRAPH, PERSISTENT, TRANSFORMERS, COMPILED) if wanted.get(name, True)]
+
+
+class Runtime:
+    """One of `RUNTIMES` with random weights of its own, the same in every process."""
+
+    def __init__(self, name: str, config: GPT2Config, device: str, dtype: str):
+        lm = random_model(config, torch.device(device), dtype)
+        self._run = RUNTIMES[name](lm)
+        self._warm_up = lm.warm_up if name == OURS else None
+
+    def warm_up(self, batch: int) -> dict[str, Any]:
+        """The seconds, or the fault: the answers may still come."""
+        if self._warm_up is None:
+            return {}
+        try:
+            return {"warm_up_seconds": self._warm_up(batch)}
+        except Exception as fault:
+            return {"warm_up_fault": said(fault)}
+
+    def generate(self, prompts: Prompts, new: int) -> list[list[int]]:
+        return self._run(prompts, new)
+
+    def regret(self, prompts: Prompts, answers: Prompts) -> float:
+        """Of the judge: how far below the best logit a chosen token's is, at worst, as a share of the largest."""
+        worst = 0.0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            logits = self._run.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+            behind = logits.max(1) - logits[np.arange(len(answer)), answer]
+            worst = max(worst, float((behind / np.abs(logits).max(1)).max()))
+        return worst
+
+
+def said(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {fault}".splitlines()[0]

@@ -12,7 +12,6 @@ are medians of the rounds' ratios. The last line is the whole as JSON.
 On a GPU: see `bench.cuda_generate`; first what a step must move (`--card`: only that).
 """
 
-import gc
 import json
 import sys
 import tempfile
@@ -148,6 +147,7 @@ def _on_cuda(
 
     here = torch.device("cuda", torch.cuda.current_device())
     name, bandwidth = torch.cuda.get_device_name(here), cuda_generate.copy_bandwidth(here)
+    torch.cuda.empty_cache()  # the rest is that of other processes
     document: dict[str, Any] = {"bench": "generate", "device": name, "dtype": dtype, "rounds": rounds, **machine()}
     document |= {
         "bandwidth": bandwidth,
@@ -157,7 +157,7 @@ def _on_cuda(
     show(f"{name}: what a step must move, at the bandwidth of a copy", *document["card"])
     for number, preset in enumerate(presets):
         chosen = cases or (cuda_generate.CASES if number == 0 else (cuda_generate.SHORT,))
-        options = {"device": here, "dtype": dtype, "rounds": rounds, "bandwidth": bandwidth, **runs}
+        options = {"device": str(here), "dtype": dtype, "rounds": rounds, "bandwidth": bandwidth, **runs}
         options["numpy"] = number == 0 and not cases
         for rows in cuda_generate.measure(preset, PRESETS[preset], chosen, **options):
             document["rows"] += rows
@@ -165,8 +165,6 @@ def _on_cuda(
             _keep(document, json_file)
             for title, cells in generate_page.tables(rows).items():
                 show(title, generate_page.COLUMNS, cells)
-        gc.collect()
-        torch.cuda.empty_cache()
     show("Targets", generate_targets.COLUMNS, [generate_targets.cells(each) for each in document["targets"]])
     if html is not None:
         generate_page.page(document).write(html)

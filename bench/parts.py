@@ -47,12 +47,12 @@ def parts() -> list[Part]:
         Part("tests", ("-m", "bench.gpu_tests", "--json", JSON), 120, 180, (*needs, "pytest")),
         Part("verify", ("-m", "bench.verifying", "--json", JSON), 60, 120, needs),
         Part("kernels", (*kernels, "--no-compiled", "--rounds", "10"), 120, 200, needs),
-        Part("generate", generate, 90, 150, judged),
+        Part("generate", generate, 110, 150, judged),  # of it two starts of five processes
         Part("stages", ("-m", "bench.stages"), 15, 40, needs),
         Part("memory", ("-m", "bench.memory", "--preset", "gpt2", "--rounds", "1"), 40, 60, ("torch",)),
         Part("train", ("-m", "bench.train"), 60, 90, needs),
         # Late, and by itself: a barrier that is wrong would wait for ever.
-        Part("persistent", (*generate, "--preset", "gpt2", "--case", "1x128+128", "--persistent"), 40, 90, judged),
+        Part("persistent", (*generate, "--preset", "gpt2", "--case", "1x128+128", "--persistent"), 50, 90, judged),
         Part("compiled", (*kernels, "--quick"), 120, 600, needs),  # torch.compile, if there is time
     ]
 

@@ -88,7 +88,8 @@ def footprint(source: Path | Config, device: Device, predicted: Ledger) -> Footp
     task = {
         "source": None if isinstance(source, Config) else str(source),
         "config": source.to_json() if isinstance(source, Config) else None,
-        "device": "torch" if predicted.place == "torch" else device.name,
+        # By its number: the one that is current in a new process may be another.
+        "device": {"numpy": "cpu", "torch": "torch"}.get(predicted.place) or str(device.device),
         **{name: getattr(predicted, name) for name in ("dtype", "batch", "context")},
     }
     package = str(Path(__file__).parent.parent)

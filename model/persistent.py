@@ -36,7 +36,7 @@ def graph_decoder(parameters: Parameters, config: Config) -> type[GraphDecoder]:
         return GraphDecoder
     import torch
 
-    known = torch.cuda.get_device_name(torch.device(parameters.device.name)) in FASTER
+    known = torch.cuda.get_device_name(parameters.device.device) in FASTER
     return PersistentDecoder if known and why_not_persistent(parameters, config) is None else GraphDecoder
 
 

@@ -1,34 +1,41 @@
 """The decoding benchmark, run on a tiny model on CPU tensors: answers, figures, targets, page, refusals."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from plots import PLOT
 
-from bench import cuda_generate, generate_page, generate_targets
+from bench import generate_page, generate_targets
 from bench.cost_card import card, step
 from bench.cuda_generate import SHORT, Case, measure
 from bench.cuda_providers import (
     COMPILED,
     EAGER,
     GRAPH,
+    JUDGE,
     NUMPY,
     OURS,
+    RUNTIMES,
     TRANSFORMERS,
-    Later,
+    OursEager,
+    Runtime,
     TorchGraph,
     Transformers,
     random_model,
 )
+from bench.worker import Worker
 from model import PRESETS, LanguageModel
 from model.config import GPT2Config
 
 CONFIG = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=3)
 CPU = torch.device("cpu")
+CASES = (Case(2, 8, 4),)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +57,32 @@ def test_the_rival_in_plain_torch_is_a_right_one(lm, batch, context, new):
     assert Transformers(lm, torch.float32, static=True)(prompts(batch, context), new) == wanted
 
 
-def measured(**options):
-    defaults = {"device": CPU, "dtype": "float32", "rounds": 2, "compiled": False, "bandwidth": 1e10}
-    return [row for rows in measure("tiny", CONFIG, [Case(2, 8, 4)], **defaults | options) for row in rows]
+class Here:
+    """A worker in this process, which is over when something goes wrong, as one in its own is."""
+
+    def __init__(self, make, *arguments, ready):
+        self._make, self._arguments, self._made = make, arguments, None
+
+    def wait(self):
+        self._made = self._told(self._make, *self._arguments)
+
+    def call(self, method, *arguments):
+        start = time.perf_counter()
+        return self._told(getattr(self._made, method), *arguments), time.perf_counter() - start
+
+    def close(self):
+        self._made = None
+
+    def _told(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except Exception as fault:
+            raise RuntimeError(f"{type(fault).__name__}: {fault}") from None
+
+
+def measured(cases=CASES, **options):
+    defaults = {"device": "cpu", "dtype": "float32", "rounds": 2, "compiled": False, "bandwidth": 1e10, "start": Here}
+    return [row for rows in measure("tiny", CONFIG, cases, **defaults | options) for row in rows]
 
 
 def test_a_row_for_every_runtime():
@@ -89,8 +119,7 @@ def test_a_wrong_answer_gets_no_speed(monkeypatch, wrong):
             found[1][2:] = [(found[1][2] + 1) % 300] * (new - 2 if wrong == "another token" else new)
             return found
 
-    every = cuda_generate.providers
-    monkeypatch.setattr(cuda_generate, "providers", lambda lm, **options: every(lm, **options) | {GRAPH: Wrong(lm)})
+    monkeypatch.setitem(RUNTIMES, GRAPH, Wrong)
     rows = {row["runtime"]: row for row in measured()}
     words = {"another token": "wrong answer", "too many": "another number", "an error": "RuntimeError: no memory"}
     assert ("regret" in rows[GRAPH]) == (wrong == "another token")
@@ -100,44 +129,104 @@ def test_a_wrong_answer_gets_no_speed(monkeypatch, wrong):
     assert words[wrong] in generate_page.tables(list(rows.values())).popitem()[1][1][1]
 
 
-def test_what_fails_later_leaves_the_others_their_speed(monkeypatch):
+def test_what_fails_later_leaves_the_others_their_speed_and_starts_again_once(monkeypatch):
     class Fails(TorchGraph):
-        turns = 0
+        turns, made = 0, 0
+
+        def __init__(self, lm):
+            Fails.made += 1
+            super().__init__(lm)
 
         def __call__(self, prompts, new):
-            self.turns += 1
-            if self.turns > 2:
+            Fails.turns += 1
+            if Fails.turns > 2:
                 raise RuntimeError("an illegal memory access")
             return super().__call__(prompts, new)
 
-    def cannot_be_made():
-        raise TypeError("no such argument")
+    class CannotBeMade:
+        made = 0
 
-    every = cuda_generate.providers
-    others = lambda lm: {GRAPH: Fails(lm), TRANSFORMERS: Later(cannot_be_made)}  # noqa: E731
-    monkeypatch.setattr(cuda_generate, "providers", lambda lm, **options: every(lm, **options) | others(lm))
-    rows = {row["runtime"]: row for row in measured()}
-    assert rows[GRAPH]["fault"] == "RuntimeError: an illegal memory access"
-    assert rows[TRANSFORMERS]["fault"] == "TypeError: no such argument"
-    assert rows[EAGER]["token_ms"] > 0
-    assert not rows[EAGER]["over"]
+        def __init__(self, lm):
+            CannotBeMade.made += 1
+            raise TypeError("no such argument\nat all")
+
+    monkeypatch.setitem(RUNTIMES, GRAPH, Fails)
+    monkeypatch.setitem(RUNTIMES, TRANSFORMERS, CannotBeMade)
+    rows = measured([Case(1, 8, 4), Case(2, 8, 4), Case(3, 8, 4)])
+    found = {(row["batch"], row["runtime"]): row for row in rows}
+    for batch in (1, 2, 3):
+        assert found[batch, GRAPH]["fault"] == "RuntimeError: an illegal memory access"
+        assert found[batch, TRANSFORMERS]["fault"] == "TypeError: no such argument"
+        assert found[batch, EAGER]["token_ms"] > 0
+        assert not found[batch, EAGER]["over"]
+    assert (Fails.made, CannotBeMade.made) == (2, 1)
+
+
+def test_one_that_has_started_again_has_figures(monkeypatch):
+    class FailsOnce(TorchGraph):
+        turns = 0
+
+        def __call__(self, prompts, new):
+            FailsOnce.turns += 1
+            if FailsOnce.turns == 3:
+                raise RuntimeError("out of memory")
+            return super().__call__(prompts, new)
+
+    monkeypatch.setitem(RUNTIMES, GRAPH, FailsOnce)
+    rows = [row for row in measured([Case(1, 8, 4), Case(2, 8, 4)]) if row["runtime"] == GRAPH]
+    assert rows[0]["fault"] == "RuntimeError: out of memory"
+    assert rows[1]["over"][EAGER] > 0
+
+
+def test_without_a_judge_there_is_no_speed(monkeypatch):
+    def fails(lm):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setitem(RUNTIMES, JUDGE, fails)
+    for row in measured():
+        assert row["fault"] == "not judged: RuntimeError: no memory"
+        assert "token_ms" not in row
+
+
+class Dies(Runtime):
+    """Ends as a process does on a device that is lost."""
+
+    def generate(self, prompts, new):
+        os._exit(70)
+
+
+def test_a_process_that_ends_is_a_fault_of_its_runtime_alone():
+    """Real processes: the others' have their times, and the dead one's is started anew for the next case."""
+    started = []
+
+    def start(make, name, *arguments, **options):
+        started.append(name)
+        return Worker(Dies if name == GRAPH else make, name, *arguments, **options)
+
+    found = {(row["batch"], row["runtime"]): row for row in measured([Case(1, 8, 4), Case(2, 8, 4)], start=start)}
+    for batch in (1, 2):
+        assert found[batch, GRAPH]["fault"] == "its process ended with code 70"
+        assert found[batch, EAGER]["over"][TRANSFORMERS] > 0
+    assert [started.count(name) for name in (EAGER, TRANSFORMERS, JUDGE, GRAPH)] == [1, 1, 1, 2]
 
 
 def test_a_warm_up_that_fails_is_in_the_row(monkeypatch):
     def fails(lm, batch_size):
         raise RuntimeError("no kernel image")
 
-    every = cuda_generate.providers
     monkeypatch.setattr(LanguageModel, "warm_up", fails)
-    monkeypatch.setattr(cuda_generate, "providers", lambda lm, **options: {OURS: every(lm, **options)[EAGER]})
+    monkeypatch.setattr("bench.cuda_generate.chosen", lambda device, **options: [OURS])
+    monkeypatch.setitem(RUNTIMES, OURS, OursEager)
     (row,) = measured()
     assert row["warm_up_fault"] == "RuntimeError: no kernel image"
     assert row["token_ms"] > 0
 
 
-def test_a_token_that_is_none_does_not_get_to_the_judge():
-    answer = cuda_generate._judged(lambda prompts, new: [[3, -1]], [[1, 2]], 2, None)
-    assert answer == {"fault": "a token of -1: its logits are not finite"}
+def test_a_token_that_is_none_does_not_get_to_the_judge(monkeypatch):
+    monkeypatch.setitem(RUNTIMES, GRAPH, lambda lm: lambda prompts, new: [[3] * (new - 1) + [-1]] * len(prompts))
+    rows = {row["runtime"]: row for row in measured()}
+    assert rows[GRAPH]["fault"] == "a token of -1: its logits are not finite"
+    assert rows[EAGER]["token_ms"] > 0
 
 
 def a_row(runtime, case=SHORT, preset="gpt2", **figures):

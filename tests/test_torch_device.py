@@ -1,9 +1,16 @@
 """Calls of CUDA that a torch device makes, where there is no CUDA: on which stream, and from which memory."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from model.device import TorchDevice
+from model import PRESETS, ModelError
+from model.device import NumpyDevice, TorchDevice
+from model.footprint import footprint
+from model.memory import predict
+from model.persistent import graph_decoder
 
 
 @pytest.fixture
@@ -48,3 +55,24 @@ def test_indices_travel_from_pinned_memory(cuda):
     assert found.tolist() == [[0, 1, 2], [5, 6, 7]]
     assert found.dtype == torch.int32
     assert cuda == ["pinned"]
+
+
+def test_a_gpu_that_was_current_stays_the_one_that_is_asked_about(cuda, monkeypatch):
+    """Whether a persistent step is faster on it, and what a model takes there, in another process."""
+    device, asked = TorchDevice("cuda"), []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: asked.append(device) or "A GPU")
+    monkeypatch.setattr("model.persistent.FASTER", {"Another GPU": "measured"})
+    graph_decoder(SimpleNamespace(device=device), None)
+    assert asked == [torch.device("cuda", 1)]
+
+    def told(command, **options):
+        asked.append(json.loads(command[-1])["device"])
+        return SimpleNamespace(returncode=0, stdout='{"problems": []}')
+
+    monkeypatch.setattr("model.footprint.require", lambda *arguments: None)
+    monkeypatch.setattr("subprocess.run", told)
+    for place, on in (("cuda", device), ("torch", TorchDevice("cpu")), ("numpy", NumpyDevice())):
+        with pytest.raises(ModelError):
+            footprint(PRESETS["gpt2"], on, predict(PRESETS["gpt2"], "float32", place))
+    assert asked[1:] == ["cuda:1", "torch", "cpu"]
