@@ -9,7 +9,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from bench import cost_card
-from gpukernels import cached_attention
+from gpukernels import cached_attention, rope, swiglu
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
 from gpukernels.compile_report.recording import _CallLaunchers, stand_in
@@ -142,6 +142,20 @@ def test_old_keys_and_values_are_loaded_before_the_wait(capability):
     # The length; 64 keys and as many values of 128 bytes, 16 of them for each of 128 threads. All past the L1 cache.
     assert early == ["LDG.E.STRONG.GPU"] + ["LDG.E.128.STRONG.GPU"] * 8
     assert trigger < listing.index("LDG.E.STRONG.GPU")
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+def test_swiglu_and_rope_let_the_next_kernel_start_and_wait(capability):
+    packed = torch.empty((8, 1, 2 * 5632), dtype=torch.float16, device="meta")
+    qk = torch.empty((8, 1, 40, 64), dtype=torch.float16, device="meta")[:, :, :36]
+    positions = torch.empty((8, 1), dtype=torch.int32, device="meta")
+    with dependent_launches():
+        launches = record(lambda: (swiglu(*packed.chunk(2, -1)), rope(qk, positions)), capability=capability)
+    assert [launch.kernel for launch in launches] == ["_swiglu_forward_kernel", "_rope_kernel"]
+    for launch in launches:
+        listing = launch.compiled.listing
+        (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
+        assert trigger < wait < min(i for i, name in enumerate(listing) if name.startswith("LDG"))
 
 
 @pytest.mark.parametrize("vocabulary", [27, 50257])

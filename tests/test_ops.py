@@ -135,6 +135,19 @@ def test_attention(kind, integer, case):
 
 
 @every_kind
+@pytest.mark.parametrize("case", ["square", "grouped heads", "documents"])
+def test_a_window_that_hides_nothing_is_none(kind, case):
+    """It takes the same way through the code: Mistral's window is longer than most of what it reads."""
+    (batch, new, heads, width), kv, options = ATTENTION[case]
+    arrays = kind.draws(q=(batch, new, heads, width), k=(batch, *kv, width), v=(batch, *kv, width))
+    arrays |= {name: kind.ints(of) for name, of in options.items()}
+    for window in (kv[0], 4096):
+        np.testing.assert_array_equal(
+            host(gpukernels.attention(**arrays, window=window)), host(gpukernels.attention(**arrays))
+        )
+
+
+@every_kind
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 6e4])
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_lies_past_a_rows_length_is_not_read_and_padding_is_zero(kind, garbage, causal):

@@ -1,6 +1,7 @@
 """GELU, SwiGLU and RoPE in NumPy and in plain torch: against the float64 truth, by property, and what they refuse."""
 
 import math
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -41,6 +42,25 @@ def test_swiglu(kind, shape):
     packed = kind.draw(*shape[:-1], 2 * (shape or (1,))[-1])
     half = packed.shape[-1] // 2
     check("swiglu", {"gate": packed[..., :half], "up": packed[..., half:]})
+
+
+@pytest.mark.parametrize("shape", [(256, 4096), (4, 64, 4096)], ids=str)
+def test_the_halves_of_a_product_are_not_copied_in_numpy(shape):
+    packed = np.ones((*shape[:-1], 2 * shape[-1]), np.float32)
+    gate, up = packed[..., : shape[-1]], packed[..., shape[-1] :]
+    tracemalloc.start()
+    y = swiglu(gate, up)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * y.nbytes
+
+
+def test_slices_of_a_packed_projection_are_turned_where_they_lie():
+    """By NumPy: queries and keys in one call, of which the second are fewer heads."""
+    packed = Kind("numpy", "float32").draw(2, 64, 4 + 2 * 2, 64)
+    positions = np.arange(128, dtype=np.int32).reshape(2, 64)
+    check("rope", {"x": packed[:, :, :6], "positions": positions})
+    np.testing.assert_array_equal(rope(packed[:, :, :6], positions)[:, :, 4:], rope(packed[:, :, 4:6], positions))
 
 
 @numpy_kinds

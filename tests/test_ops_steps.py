@@ -17,6 +17,9 @@ CASES = {
     "a prompt, the last query": {"new": 5, "queries": 1, "lengths": [5, 9, 7]},
     "a prompt with padding": {"new": 5, "lengths": [2, 0, 5]},
     "all of the cache": {"new": 9, "lengths": [9, 9, 9], "scale": 0.3},
+    "a token, slices of one product, a window": {"lengths": [9, 3, 0], "window": 3, "packed": True},
+    "a prompt, slices of one product": {"new": 5, "queries": 1, "lengths": [5, 9, 7], "packed": True},
+    "a prompt, slices of one product, a window": {"new": 5, "lengths": [5, 9, 7], "window": 2, "packed": True},
     "own keys": {"heads": (3, 3), "lengths": [4, 0, 9]},
 }
 

@@ -8,14 +8,21 @@ from gpukernels.verify.truth import UNIT, bound, true_attention
 
 
 def check_cached_attention(
-    kind, *, batch=3, new=1, queries=None, heads=(4, 2), width=8, capacity=9, lengths, **options
+    kind, *, batch=3, new=1, queries=None, heads=(4, 2), width=8, capacity=9, lengths, packed=False, **options
 ):
-    """Result and cache against float64; the cache lies head by head, as a model's does."""
+    """Result and cache against float64; the cache lies head by head, as a model's does.
+
+    packed: queries, keys and values are slices of one product.
+    """
     queries = new if queries is None else queries
     given = kind.draws(
         q=(batch, queries, heads[0], width), k=(batch, new, heads[1], width), v=(batch, new, heads[1], width),
         keys=(batch, heads[1], capacity, width), values=(batch, heads[1], capacity, width),
     )  # fmt: skip
+    if packed:
+        product, keys_from, values_from = kind.draw(batch, new, heads[0] + 2 * heads[1], width), heads[0], sum(heads)
+        given["q"] = product[:, new - queries :, :keys_from]
+        given["k"], given["v"] = product[:, :, keys_from:values_from], product[:, :, values_from:]
     for name in ("keys", "values"):
         given[name] = given[name].swapaxes(1, 2)
         for row, length in enumerate(lengths):

@@ -12,6 +12,9 @@ flops an element: memory's limit on every GPU in `compile_report.CHIPS`.
 Arrays that are all contiguous are one long row. Otherwise each keeps its own distance between rows: gate
 and up may be the two halves of one (..., 2F) product.
 
+DEPENDENT (see `gpukernels.launches`): SwiGLU lets the next kernel start at once, which loads its weight meanwhile;
+everything of its own stands behind the wait.
+
 Hendrycks and Gimpel, arXiv 1606.08415; Shazeer, arXiv 2002.05202.
 """
 
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 
 from gpukernels.kernels.activations import activate, activation_slope
-from gpukernels.kernels.device import cdiv, rows
+from gpukernels.kernels.device import cdiv, dependent_launch, rows
 from gpukernels.kernels.tiles import pointwise_tile
 
 
@@ -60,8 +63,12 @@ def _gelu_backward_kernel(
 
 @triton.jit
 def _swiglu_forward_kernel(
-    gate_ptr, up_ptr, y_ptr, M, N, stride_gate_m, stride_up_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+    gate_ptr, up_ptr, y_ptr, M, N, stride_gate_m, stride_up_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, col, mask = _block(M, N, BLOCK_M, BLOCK_N)
     gate = tl.load(gate_ptr + row * stride_gate_m + col, mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up_m + col, mask, other=0.0).to(tl.float32)
@@ -109,7 +116,8 @@ def swiglu_forward(gate, up):
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _as_rows(gate, up)
     grid, tile = _grid(gate)
-    _swiglu_forward_kernel[grid](gate, up, y, *gate.shape, gate.stride(0), up.stride(0), **tile)
+    strides = (gate.stride(0), up.stride(0))
+    _swiglu_forward_kernel[grid](gate, up, y, *gate.shape, *strides, **tile, **dependent_launch())
     return y
 
 

@@ -10,6 +10,9 @@ is saved but the positions.
 Sine and cosine are of the float32 angle, reduced exactly however large it is, and are computed where they
 are used: a table of them would have to be read.
 
+DEPENDENT (see `gpukernels.launches`): the next kernel may start at once, as attention, which loads old keys
+meanwhile; everything of its own stands behind the wait.
+
 Cost, n elements of b bytes: reads x, writes y, 2 n b. Sine and cosine are made once for BLOCK_H heads.
 
 Su et al., arXiv 2104.09864.
@@ -19,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpukernels.kernels.device import cdiv
+from gpukernels.kernels.device import cdiv, dependent_launch
 from gpukernels.kernels.tiles import rope_tile
 
 
@@ -28,9 +31,12 @@ def _rope_kernel(
     x_ptr, positions_ptr, frequencies_ptr, y_ptr,
     T, H, stride_xb, stride_xt, stride_xh, stride_pb, stride_pt,
     D: tl.constexpr, HALF: tl.constexpr, SIGN: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H heads at one position. HALF pairs rotate, D - 2 HALF elements pass through."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     b, t = (token // T).to(tl.int64), (token % T).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -77,6 +83,6 @@ def rotate(x, positions, frequencies, *, interleaved, inverse):
         x, positions, frequencies, y, T, H, *x.stride()[:3], *positions.stride(),
         D=D, HALF=half, SIGN=-1.0 if inverse else 1.0, INTERLEAVED=interleaved,
         BLOCK_H=tile.BLOCK_H, BLOCK_HALF=triton.next_power_of_2(half),
-        BLOCK_REST=triton.next_power_of_2(max(1, D - 2 * half)), num_warps=tile.num_warps,
+        BLOCK_REST=triton.next_power_of_2(max(1, D - 2 * half)), num_warps=tile.num_warps, **dependent_launch(),
     )  # fmt: skip
     return y

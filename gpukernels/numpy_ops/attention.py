@@ -38,10 +38,11 @@ def attention(
             if own.start < own.stop:
                 arrays = scaled[row, own], k[row, start:stop], v[row, start:stop], out[row, own]
                 row_lse = None if lse is None else lse[row, :, own]
+                hiding = None if window is None or window >= stop - start else window
                 if own.stop - own.start == 1:
-                    _attend_one(*arrays, row_lse, window)
+                    _attend_one(*arrays, row_lse, hiding)
                 else:
-                    _attend(*arrays, row_lse, causal, window, scratch)
+                    _attend(*arrays, row_lse, causal, hiding, scratch)
     out = out.astype(q.dtype, copy=False)
     return (out, lse) if return_lse else out
 

@@ -161,6 +161,9 @@ def cached_attentions(draw: Draw) -> Iterator[Case]:
             given[name] = draw.floats(3, kv, S, D, seed=7 + seed).transpose(1, 2)
         given["lengths"] = draw.ints([0, S // 2, S])
         yield Case(f"{new} new, {H} and {kv} heads of {D}, {S} keys", given)
+        q, k, v = draw.floats(3, new, H + 2 * kv, D, seed=9).split([H, kv, kv], 2)
+        slices = given | {"q": q, "k": k, "v": v}
+        yield Case(f"{new} new, {H} and {kv} heads of {D}, slices of one product, a window", slices, {"window": 9})
 
 
 def gelus(draw: Draw) -> Iterator[Case]:

@@ -77,7 +77,7 @@ def _gradients(op: str) -> Callable[[Case], Iterator[Compared]]:
 
 def _cached_attention(case: Case) -> Iterator[Compared]:
     """The result, and the caches with what is new in them."""
-    given = copied(case.arrays)
+    given = case.arrays | copied({name: case.arrays[name] for name in ("keys", "values")})
     before = {name: host(array) for name, array in given.items()}
     new, capacity = given["k"].shape[1], given["keys"].shape[1]
     for row, length in enumerate(before["lengths"]):

@@ -106,6 +106,35 @@ def test_a_norm_by_itself_in_front_of_a_product(norm, monkeypatch):
     assert faults(launches) == []
 
 
+@pytest.mark.parametrize("norms", [4, 0], ids=["norm in the product", "norm by itself"])
+def test_layers_with_rms_norms_rotary_positions_and_swiglu(norms, monkeypatch):
+    """LLaMA's: every kernel is a dependent one."""
+    monkeypatch.setattr(few_rows, "_NORMS", norms)
+    heads, kv_heads, width, inner, rows = 4, 2, 16, 48, 3
+    C = heads * width
+    x, norm = torch.randn(rows, 1, C).half(), torch.randn(C).half()
+    shapes = [((heads + 2 * kv_heads) * width, C), (C, C), (2 * inner, C), (C, inner)]
+    qkv_weight, projection, gate_up_weight, down = (torch.randn(shape).half() / 8 for shape in shapes)
+    caches = torch.randn(2, 2, rows, kv_heads, 40, width).half().transpose(3, 4)
+    lengths = torch.tensor([37, 3, 0], dtype=torch.int32)
+    positions, arrivals = (lengths - 1)[:, None], torch.zeros((rows, heads), dtype=torch.int32)
+    gpukernels.rope(torch.randn(1, 1, 1, width), positions[:1])  # makes the frequencies
+    with chain() as launches, dependent_launches():
+        for keys, values in caches:
+            qkv = gpukernels.norm_linear(x, norm, None, qkv_weight, norm="rms").view(rows, 1, -1, width)
+            turned = gpukernels.rope(qkv[:, :, : heads + kv_heads], positions)
+            q, k, v = turned[:, :, :heads], turned[:, :, heads:], qkv[:, :, heads + kv_heads :]
+            y = gpukernels.cached_attention(q, k, v, keys, values, lengths, arrivals=arrivals)
+            x = gpukernels.linear(y.view(rows, 1, C), projection, residual=x)
+            gate_up = gpukernels.norm_linear(x, norm, None, gate_up_weight, norm="rms")
+            x = gpukernels.linear(gpukernels.swiglu(*gate_up.chunk(2, -1)), down, residual=x)
+    few, before = "_few_rows_kernel", [] if norms else ["_norm_forward_kernel"]
+    layer = [*before, few, "_rope_kernel", "_decode_group_kernel", few, *before, few, "_swiglu_forward_kernel", few]
+    assert [launch.name for launch in launches] == 2 * layer
+    assert all(launch.dependent for launch in launches)
+    assert faults(launches) == []
+
+
 def test_what_is_read_too_early_is_found():
     """Lengths that are written right in front of attention, and a chain in which nobody waits."""
     q, cache, lengths = torch.randn(1, 1, 2, 16), torch.randn(1, 40, 2, 16), torch.tensor([36], dtype=torch.int32)

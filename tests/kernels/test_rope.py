@@ -124,6 +124,10 @@ def test_queries_and_keys_of_a_packed_projection_are_not_copied(monkeypatch):
         assert torch.equal(gpukernels.rope(qkv[:, :, i], positions), want[i])
     both = gpukernels.rope(qkv[:, :, :2].flatten(2, 3), positions)
     assert torch.equal(both, torch.cat(want, 2))
+    # Fewer heads of keys: 8 of queries, 2 of keys, 2 of values.
+    grouped = qkv.flatten(2, 3)
+    assert torch.equal(gpukernels.rope(grouped[:, :, :8], positions), both)
+    assert torch.equal(gpukernels.rope(grouped[:, :, 4:8], positions), want[1])
 
 
 def test_one_table_for_each_theta_and_width_the_same_as_transformers():

@@ -51,6 +51,20 @@ def test_a_prompt(kind, width):
         check_cached_attention(kind, new=new, queries=queries, width=width, capacity=90, lengths=lengths, window=33)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["own keys", "shared keys"])
+@pytest.mark.parametrize(("new", "lengths"), [(1, [50, 1, 33]), (20, [20, 50, 33])])
+def test_slices_of_one_product_are_not_copied(heads, new, lengths, launches, monkeypatch):
+    copied = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copied.append(x.ndim) or contiguous(x))
+    with launches():
+        for window in (None, 6):
+            check_cached_attention(
+                HALF, heads=heads, new=new, width=24, capacity=50, lengths=lengths, window=window, packed=True
+            )
+    assert set(copied) <= {1}  # lengths
+
+
 def test_heads_that_are_wider_than_the_kernels_run_plain_torch():
     check_cached_attention(SINGLE, new=3, width=257, lengths=[9, 3, 5])
 
