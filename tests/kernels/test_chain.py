@@ -65,7 +65,7 @@ def test_rows_start_step_move_and_leave(captured):
 
 
 def test_rows_of_a_mistral_start_and_step():
-    """Kernels that are no dependent ones stand between its products and attention."""
+    """Where positions are turned behind the norm, and a gate stands between two products."""
     lm = lively(CPU, "float16", config=MISTRAL)
     decoder = GraphDecoder(lm.parameters, lm.config, rows=2, capacity=lm.config.n_positions, capture=replayed)
     with chain() as launches, dependent_launches():
@@ -74,7 +74,7 @@ def test_rows_of_a_mistral_start_and_step():
         for _ in range(3):
             decoder.step(2)
     names = {launch.name for launch in launches if launch.dependent}
-    assert names == {"_few_rows_kernel", "_decode_group_kernel"}
+    assert names == {"_few_rows_kernel", "_rope_kernel", "_decode_group_kernel", "_swiglu_forward_kernel"}
     assert faults(launches) == []
 
 
