@@ -82,6 +82,15 @@ def live(config: GPT2Config) -> int:
     return 5 * config.n_embd if config.n_layer == 1 else 7 * config.n_embd + config.feed_forward_width
 
 
+def kept(config: GPT2Config) -> int:
+    """Numbers a token that a block keeps from forward to backward, on a GPU.
+
+    Its input and what attention added to it, queries, keys and values, attention's result, the up product before and
+    behind the activation. Norms are computed again.
+    """
+    return 6 * config.n_embd + 2 * config.feed_forward_width
+
+
 def hidden_states(parameters: Parameters, config: GPT2Config, ids, positions):
     """The residual stream (B, T, C) behind the last block, before the final norm: of tokens (B, T) and all before."""
     return blocks(parameters, config, embed(parameters, ids, positions))

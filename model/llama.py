@@ -100,6 +100,16 @@ def live(config: LlamaConfig) -> int:
     return 2 * width + 3 * (heads + kv_heads) * config.head_width + 3 * config.intermediate_size
 
 
+def kept(config: LlamaConfig) -> int:
+    """Numbers a token that a block keeps from forward to backward, on a GPU.
+
+    Its input and what attention added to it, and both normed; queries and keys turned, values, attention's result;
+    gate, up and what SwiGLU makes of them.
+    """
+    heads = 2 * (config.n_head + config.kv_heads) * config.head_width
+    return 4 * config.hidden_size + heads + 3 * config.intermediate_size
+
+
 def hidden_states(parameters: Parameters, config: LlamaConfig, ids, positions):
     """The residual stream (B, T, C) behind the last block, before the final norm: of tokens (B, T) and all before."""
     return blocks(parameters, config, embed(parameters, ids, positions), positions=positions)

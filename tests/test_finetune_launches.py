@@ -5,6 +5,7 @@ On tensors without data: nothing is computed, and nothing compiled.
 
 import weakref
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ from triton.runtime.jit import JITFunction
 
 from gpukernels.compile_report.recording import stand_in
 from gpukernels.library.registry import LAUNCHERS
-from model import PRESETS, gpt2
+from model import PRESETS
+from model.architecture import architecture
 from model.device import TorchDevice
 from model.finetune.batches import Batches
 from model.finetune.distributed import World
+from model.finetune.memory import training_needs
 from model.finetune.modules import Network
 from model.finetune.packing import Windows
 from model.finetune.settings import Settings
 from model.finetune.train import Trainer
+from model.memory import weight_bytes
 from model.parameters import Parameters
 
 CONFIG, BATCH = PRESETS["gpt2"], 16
@@ -75,18 +79,23 @@ def tensors_of(values):
 
 @pytest.fixture(scope="module")
 def step():
+    return steps(CONFIG, BATCH, "bfloat16")
+
+
+def steps(config, batch: int, dtype: str, context: int = 1024, **options) -> tuple[list[str], Watched]:
     """The names of our kernels in a step, in order, and what was watched of torch's."""
     kernels: list[str] = []
-    tokens = np.zeros((2 * BATCH, CONFIG.n_positions), np.int32)
-    windows = Windows(tokens, tokens, tokens + np.arange(CONFIG.n_positions, dtype=np.int32), tokens)
+    tokens = np.zeros((2 * batch, context), np.int32)
+    windows = Windows(tokens, tokens, tokens + np.arange(context, dtype=np.int32), tokens)
+    settings = Settings.of(options)
     none = Windows(*(each[:0] for each in windows))
     with pytest.MonkeyPatch.context() as patched, stand_in(90), Watched() as watched:
         patched.setattr(JITFunction, "run", lambda kernel, *_, **options: kernels.append(kernel.fn.__name__))
-        parameters = Parameters(gpt2.slots(CONFIG), TorchDevice("meta"), "bfloat16")
+        parameters = Parameters(architecture(config).slots(config), TorchDevice("meta"), dtype)
         run = Trainer(
-            Network(parameters, CONFIG),
-            *(Batches(each, BATCH, 1, 0, World()) for each in (windows, none)),
-            Settings(),
+            Network(parameters, config, recompute=settings.recompute),
+            *(Batches(each, batch, 1, 0, World()) for each in (windows, none)),
+            settings,
             world=World(),
             started={},
         )
@@ -138,3 +147,34 @@ def test_memory_of_a_step(step):
     """
     _, watched = step
     assert watched.most <= 7.8e9
+
+
+LLAMA = replace(PRESETS["tinyllama-1.1b"], num_hidden_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch", "dtype", "options"),
+    [
+        (CONFIG, 16, "bfloat16", {}),
+        (CONFIG, 16, "float16", {"recompute": True}),
+        (replace(CONFIG, n_layer=4), 3, "float32", {}),
+        (LLAMA, 8, "bfloat16", {}),
+    ],
+    ids=["gpt2", "recomputed", "float32", "llama"],
+)
+def test_memory_is_predicted_within_a_tenth(step, config, batch, dtype, options):
+    """Beside the model, what a run is refused for where it does not fit."""
+    watched = step[1] if (config, batch, options) == (CONFIG, BATCH, {}) else steps(config, batch, dtype, **options)[1]
+    slots = {slot.name: slot for slot in architecture(config).slots(config)}
+    head = "head.weight" in slots
+    needs = training_needs(
+        config,
+        Settings.of(options),
+        list(slots),
+        head=head,
+        dtype=dtype,
+        copied=False,
+        tokens=1024 * batch,
+        on_gpu=True,
+    )
+    assert sum(needs.values()) + weight_bytes(config, dtype) == pytest.approx(watched.most, rel=0.1)

@@ -1,6 +1,7 @@
 """From a loaded model and a source of data to a trained one: everything is checked, then made, then run."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from model.finetune.data import Document, read_documents, split_documents
 from model.finetune.distributed import World, fill, joined
 from model.finetune.flops import flops_per_token, peak_flops
 from model.finetune.log import Log
+from model.finetune.memory import REMEDY, training_needs
 from model.finetune.modules import Network
 from model.finetune.packing import Windows, pack
 from model.finetune.settings import Settings
@@ -25,6 +27,7 @@ from model.finetune.train import Result, Trainer
 from model.finetune.trainable import select, table
 from model.graph import CudaCapture, is_capturable
 from model.on_disk import OnDisk
+from model.room import room_for
 from model.save import save
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ def finetune(
     else:
         array = next(iter(parameters.values()))
         device = array.device if isinstance(array, torch.Tensor) else torch.device("cpu")
-    with joined(device) as world:
+    with joined(device) as world, contextlib.ExitStack() as stack:
         if settings.cuda_graph and (device.type != "cuda" or world.size > 1 or not is_capturable(lm.config)):
             raise TrainingError("cuda_graph needs a model on CUDA, one process, and heads up to 256 wide")
         if settings.fsdp and world.size == 1:
@@ -73,6 +76,9 @@ def finetune(
         train, validation = (pack(part, context) for part in _documents(lm, dataset, validation_data, settings))
         dtype = parameters.dtype if device.type == "cuda" else "float32"
         dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
+        if not settings.fsdp:
+            needs = _needs(lm, settings, chosen, dtype, tokens=min(settings.batch_size, len(train.tokens)) * context)
+            stack.enter_context(room_for(parameters.device, needs, "training", REMEDY))
         network = _network(lm, settings, chosen, dtype, device, world)
         trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -156,6 +162,23 @@ def _chosen(lm: "LanguageModel", settings: Settings) -> set[str] | list[str]:
     if settings.lora is not None:
         return settings.lora.layers(products(lm.config))
     return select(list(lm.parameters), settings.freeze, settings.unfreeze, settings.layers)
+
+
+def _needs(
+    lm: "LanguageModel", settings: Settings, chosen: Collection[str], dtype: torch.dtype, *, tokens: int
+) -> dict[str, int]:
+    """What training takes beside the model, by what it is for."""
+    parameters, name = lm.parameters, str(dtype).removeprefix("torch.")
+    return training_needs(
+        lm.config,
+        settings,
+        chosen,
+        head="head.weight" in parameters,
+        dtype=name,
+        copied=name != parameters.dtype,
+        tokens=tokens,
+        on_gpu=parameters.device.name.startswith("cuda"),
+    )
 
 
 def _network(
