@@ -129,9 +129,9 @@ def _add_tokens(
     path = folder / (_SETTINGS if complete else _ADDED)
     added = _decoder(path, settings[_DECODER]) if complete else _added(path, special) | (own or {})
     tokens = [token for _, token in sorted(added.items())]
-    names = {token.content for token in named.values()}
+    by_name = {token.content for token in named.values()}
     for token in tokens:
-        token.special |= token.content in names
+        token.special |= token.content in by_name
     known = {token.content for token in (*tokens, *backend.get_added_tokens_decoder().values())}
     for token in special:
         if token.content not in known:
