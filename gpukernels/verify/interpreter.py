@@ -25,6 +25,7 @@ _POISON = {
 def adapt() -> None:
     """From now on in this process; the second call does nothing."""
     interpreter._patch_lang = _once(interpreter._patch_lang)
+    interpreter._patch_lang_tensor = _counting(interpreter._patch_lang_tensor)
     # Looks for overflow of int32 in every sum, a tenth of the time, where no index can come near it.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     InterpreterBuilder.create_dot = _widened(InterpreterBuilder.create_dot)
@@ -43,6 +44,16 @@ def _once(patch_lang):
         scope = patch_lang(function)
         scope._changes.clear()  # what is not restored stays
         return scope
+
+    return patch
+
+
+def _counting(patch_tensor):
+    """Scalars as bounds of loops: they are arrays of one element, of which NumPy 2.4 and newer make no integer."""
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     return patch
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from kernel_cases import DEVICE, RUNNABLE
 
-from gpukernels.kernels.device import INTERPRETING
 from gpukernels.verify.allocations import guarded
 
 collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
@@ -19,17 +18,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if DEVICE == "cuda" and "tests/kernels" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
-
-
-if INTERPRETING:
-    import triton.language as tl
-
-    from gpukernels.verify.interpreter import adapt
-
-    adapt()
-
-    # Programs run one after the other anyway, and wait for nothing.
-    tl.extra.cuda.gdc_wait = tl.extra.cuda.gdc_launch_dependents = lambda _semantic=None: None
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,17 @@ KINDS = [HALF, BRAIN, SINGLE]
 DOT_KINDS = [HALF, SINGLE] if INTERPRETING else KINDS
 
 
+if INTERPRETING:
+    import triton.language as tl
+
+    from gpukernels.verify.interpreter import adapt
+
+    adapt()
+
+    # Programs run one after the other anyway, and wait for nothing.
+    tl.extra.cuda.gdc_wait = tl.extra.cuda.gdc_launch_dependents = lambda _semantic=None: None
+
+
 def ids(kind: Kind) -> str:
     return kind.dtype
 
