@@ -14,9 +14,10 @@ One program takes one row and passes over it, from memory once and from the L2 c
 
 A search halves an interval of distances, seen as the integers whose bits they are, and draws its ends in to
 distances that there are, until one token or one distance is left in it: 31 passes at most; with 50,257 normally
-distributed logits, 10 to 12 for a top-k of 50 and 12 to 21 for a top-p of 0.9. A pass costs V comparisons for
-top-k, V weights of about 30 integer instructions for the others, and V b bytes of a row of elements of b bytes
-(and V for `seen`).
+distributed logits, 10 to 12 for a top-k of 50 and 12 to 21 for a top-p of 0.9. That for top-p goes by float32
+exponentials first: where it ends, whole numbers tell in two passes whether this is the limit, and search on where it
+is not. A pass costs V comparisons for top-k, V exponentials, or V weights of about 30 integer instructions, and V b
+bytes of a row of elements of b bytes (and V for `seen`).
 
 One program a row leaves most of a GPU idle at B = 1. To divide a row, every sum would be made by a
 program for each slice, which could then stay in registers, and the slices' whole numbers added up in any
@@ -40,7 +41,11 @@ _E0, _E1, _E2, _E3, _E4, _E5, _E6 = map(tl.constexpr, EXP2)
 _COLDEST, _HOTTEST, _LOG2_E = map(tl.constexpr, (COLDEST, HOTTEST, LOG2_E))
 _UNIFORM_BITS, _WEIGHT_BITS = map(tl.constexpr, (UNIFORM_BITS, WEIGHT_BITS))
 _UNIFORMS, _HEAVIEST = map(tl.constexpr, (1 << UNIFORM_BITS, 1 << WEIGHT_BITS))
+_SHARE = tl.constexpr(2.0**-WEIGHT_BITS)
 _INFINITY = tl.constexpr(0x7F800000)  # the bits of infinity
+
+# What a token counts for in a sum: its weight; 1; or nearly its weight by the largest, in float32.
+_WEIGHT, _ONE, _NEARLY = map(tl.constexpr, range(3))
 
 
 @triton.jit
@@ -82,17 +87,19 @@ def _weights(distance, rate):
 @triton.jit
 def _kept(
     x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Of one block: the weights within `limit` that are not below `least`, 0 for the others; who is within; the bits
-    of the distances. COUNT: the weight is 1 for each within.
+    """Of one block: what those within `limit` count for, whose weight is not below `least`, 0 for the others; who is
+    within; the bits of the distances.
     """
     # abs: two zeros of different sign are 0 apart, not -0.
     distance = tl.abs(peak - _load_logits(x_ptr, seen_ptr, penalty, start, V, BLOCK, WHOLE))
     bits = distance.to(tl.int32, bitcast=True)
     near = bits <= limit
-    if COUNT:
+    if KIND == _ONE:
         weight = near.to(tl.int64)
+    elif KIND == _NEARLY:
+        weight = tl.where(near, tl.exp2(-(distance * rate)), 0.0)
     else:
         weight = _weights(distance, rate)
         weight = tl.where(near & (weight >= least), weight, 0)
@@ -102,10 +109,10 @@ def _kept(
 @triton.jit
 def _add(
     x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, total, count, inner, outer,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One more block, by lanes: see `_total`."""
-    weight, near, bits = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, WHOLE, COUNT)
+    weight, near, bits = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, WHOLE, KIND)
     inner = tl.maximum(inner, tl.where(near, bits, -1))
     outer = tl.minimum(outer, tl.where(near, _INFINITY, bits))
     return total + weight, count + near.to(tl.int32), inner, outer
@@ -114,44 +121,49 @@ def _add(
 @triton.jit
 def _total(
     x_ptr, seen_ptr, penalty, V, peak, rate, limit, least,
-    BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """The weight (COUNT: the number) of all that `_kept` keeps; how many are within `limit`; the bits of the largest
+    """The sum of what all that `_kept` keeps count for; how many are within `limit`; the bits of the largest
     distance that is, and of the least that is not.
     """
-    total, count = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
+    total = tl.zeros((BLOCK,), tl.float32 if KIND == _NEARLY else tl.int64)
+    count = tl.zeros((BLOCK,), tl.int32)
     inner, outer = tl.full((BLOCK,), -1, tl.int32), tl.full((BLOCK,), _INFINITY, tl.int32)
     whole = V // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=4):
         total, count, inner, outer = _add(
             x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, total, count, inner, outer,
-            BLOCK, True, COUNT,
+            BLOCK, True, KIND,
         )  # fmt: skip
     if whole < V:
         total, count, inner, outer = _add(
             x_ptr, seen_ptr, penalty, whole, V, peak, rate, limit, least, total, count, inner, outer,
-            BLOCK, False, COUNT,
+            BLOCK, False, KIND,
         )  # fmt: skip
     return tl.sum(total, 0), tl.sum(count, 0), tl.max(inner, 0), tl.min(outer, 0)
 
 
 @triton.jit
 def _search(
-    x_ptr, seen_ptr, penalty, V, peak, rate, need, limit, total, near,
-    BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    x_ptr, seen_ptr, penalty, V, peak, rate, need, limit, total, near, guess,
+    BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """A limit whose total is `need` or more and below which none is enough; the given one has enough.
 
-    Its total, and how many are within.
+    Its total, and how many are within. `guess` is tried first, then its neighbour; -1: there is none.
     """
     low, low_near = -1, 0  # a limit that has too little
+    trial = tl.zeros((), tl.int32) + guess
+    guesses = tl.where(trial < 0, 0, 2)
     while (limit - low > 1) & (near - low_near > 1) & (total != need):
-        middle = low + (limit - low) // 2
-        new_total, new_near, inner, outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, middle, 0, BLOCK, COUNT)
+        guessed = (guesses > 0) & (trial > low) & (trial < limit)
+        middle = tl.where(guessed, trial, low + (limit - low) // 2)
+        guesses -= 1
+        new_total, new_near, inner, outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, middle, 0, BLOCK, KIND)
         if new_total >= need:
-            limit, total, near = inner, new_total, new_near
+            limit, total, near, trial = inner, new_total, new_near, inner - 1
         else:
-            low, low_near = outer - 1, new_near
+            low, low_near, trial = outer - 1, new_near, outer
     return limit, total, near
 
 
@@ -163,7 +175,7 @@ def _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK: 
     for start in tl.range(0, whole, BLOCK, num_stages=4):
         here = so_far <= target
         block, before = tl.where(here, start, block), tl.where(here, so_far, before)
-        weight, _near, _bits = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, False)
+        weight, _near, _bits = _kept(x_ptr, seen_ptr, penalty, start, V, peak, rate, limit, least, BLOCK, True, _WEIGHT)
         so_far += tl.sum(weight, 0)
     # Where the target is not passed by now, it is in what is left.
     here = so_far <= target
@@ -220,21 +232,25 @@ def sample_row(
                 k = tl.load(top_k_ptr + row).to(tl.int64)
                 if (k > 0) & (k < V):
                     limit, _count, near = _search(
-                        x_ptr, seen_ptr, penalty, V, peak, rate, k, limit, tl.cast(V, tl.int64), near, BLOCK, True
+                        x_ptr, seen_ptr, penalty, V, peak, rate, k, limit, tl.cast(V, tl.int64), near, -1, BLOCK, _ONE
                     )
-            total, _near, _inner, _outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False)
+            total, _near, _inner, _outer = _total(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, _WEIGHT)
             if top_p_ptr is not None:
                 part = (_between_0_and_1(tl.load(top_p_ptr + row)) * _UNIFORMS).to(tl.int64)
                 if part < _UNIFORMS:
                     need = tl.maximum(_part(total, part, _UNIFORMS - 1), 1)
+                    most, enough = total.to(tl.float32) * _SHARE, need.to(tl.float32) * _SHARE
+                    guess, _nearly, _count = _search(
+                        x_ptr, seen_ptr, penalty, V, peak, rate, enough, limit, most, near, -1, BLOCK, _NEARLY
+                    )
                     limit, total, near = _search(
-                        x_ptr, seen_ptr, penalty, V, peak, rate, need, limit, total, near, BLOCK, False
+                        x_ptr, seen_ptr, penalty, V, peak, rate, need, limit, total, near, guess, BLOCK, _WEIGHT
                     )
             if min_p_ptr is not None:
                 least = tl.ceil(_between_0_and_1(tl.load(min_p_ptr + row)) * _HEAVIEST).to(tl.int64)
                 if least > 0:
                     total, _near, _inner, _outer = _total(
-                        x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, False
+                        x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, BLOCK, _WEIGHT
                     )
 
             if uniform_ptr is not None:
@@ -248,7 +264,7 @@ def sample_row(
 
             block, before = _find(x_ptr, seen_ptr, penalty, V, peak, rate, limit, least, target, BLOCK)
             weight, _near, _bits = _kept(
-                x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, False
+                x_ptr, seen_ptr, penalty, block, V, peak, rate, limit, least, BLOCK, False, _WEIGHT
             )
             token = block + tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0)
     token = tl.where(finite, token, -1)

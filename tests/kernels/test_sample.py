@@ -183,13 +183,18 @@ def test_the_largest_vocabulary_does_not_overflow_the_sums(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="passes are counted in the interpreter")
-@pytest.mark.parametrize(("option", "most"), [({"top_k": 50}, 12), ({"top_p": 0.9}, 18)], ids=["top-k", "top-p"])
+@pytest.mark.parametrize(
+    ("option", "most"), [({"top_k": 50}, (1, 12, 0)), ({"top_p": 0.9}, (3, 0, 18))], ids=["top-k", "top-p"]
+)
 def test_a_search_takes_few_passes(monkeypatch, option, most):
-    """float16 has few distances, and many tokens at each: halving integers alone takes 31 passes."""
+    """float16 has few distances, and many tokens at each: halving integers alone takes 31 passes.
+
+    Whole weights are dear, and made in three passes at most: of all, and on both sides of where the exponentials end.
+    """
     total, passes = sampling._total, []
 
     def counted(*arguments):
-        passes.append(arguments)
+        passes.append(arguments[-1])
         return total(*arguments)
 
     monkeypatch.setattr(sampling, "_BLOCK", 4096)
@@ -198,4 +203,17 @@ def test_a_search_takes_few_passes(monkeypatch, option, most):
     (name, value) = option.copy().popitem()
     value = np.array([value], np.int32 if name == "top_k" else np.float32)
     check(logits, temperature=np.ones(1, np.float32), uniforms=np.array([0.5], np.float32), **{name: value})
-    assert 2 <= len(passes) <= most
+    kinds = [getattr(kind, "value", kind) for kind in passes]
+    found = [kinds.count(each.value) for each in (sampling._WEIGHT, sampling._ONE, sampling._NEARLY)]
+    assert all(1 <= count <= limit or count == limit == 0 for count, limit in zip(found, most, strict=True)), found
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="the kernel's own function is replaced")
+@pytest.mark.parametrize("off", [0.5, 0.98, 1.02, 2.0])
+def test_exponentials_that_are_off_only_cost_passes(monkeypatch, off):
+    exp2 = sampling.tl.exp2
+    monkeypatch.setattr(sampling.tl, "exp2", lambda x: exp2(x * off))
+    logits, options = mixed(5, ROWS, 60)
+    options["temperature"][:], options["top_k"][:] = 1, 0
+    for top_p in (0.3, 0.9, 0.99):
+        check(logits, **options | {"top_p": np.full(ROWS, top_p, np.float32)})
