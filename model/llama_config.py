@@ -101,6 +101,16 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
 
+    def __post_init__(self):
+        foreign = ("attention_bias", "mlp_bias") if self.model_type == "mistral" else ("sliding_window",)
+        given = [name for name in foreign if getattr(self, name)]
+        if self.model_type not in _MODELS:
+            raise ConfigError(f"model_type must be one of {', '.join(_MODELS)}, got {self.model_type!r}")
+        if given:
+            raise ConfigError(f"a {self.model_type} has no {' and no '.join(given)}")
+        if not isinstance(self.rope, Rope):
+            raise ConfigError(f"rope must be a Rope, got {self.rope!r}")
+
     # The names by which the runtime asks a config of any architecture.
 
     @property

@@ -60,8 +60,8 @@ class Ledger:
             prompts are filled up with.
         logits: of the position of each row that is unembedded; captured, also one row for each length that prompts
             of `context` tokens or less are filled up to.
-        workspace: what the ops keep beside that: on the CPU BLAS's packed blocks, attention's scores, widened
-            weights; on CUDA the partial results of decode attention.
+        workspace: what the ops keep beside that: on the CPU BLAS's packed blocks, attention's scores (plain torch
+            has them all), widened weights; on CUDA the partial results of decode attention.
         slack: what torch's allocator holds on to beyond what it was asked for; a guess from its rules.
     """
 
@@ -155,6 +155,10 @@ def predict(
         slack = sum(-size % _SEGMENT for size in tensors) + _LARGE_POOL + _SEGMENT + LOADING  # which it keeps
     else:
         workspace = _host_workspace(config, tokens, context, narrow=place == "numpy" and dtype != "float32")
+        if place == "torch":
+            # All scores three times over, and keys and values for every query head, widened and blanked.
+            rows = 3 * max(tokens, batch) + 4 * config.head_width
+            workspace += 4 * config.n_head * rows * context
     return Ledger(place, dtype, batch, context, **ledger, workspace=workspace, slack=slack)
 
 

@@ -154,6 +154,21 @@ def test_what_is_not_computed_is_refused_by_name(kind, values, said):
     assert said in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"sliding_window": 8}, "a llama has no sliding_window"),
+        ({"model_type": "mistral", "mlp_bias": True}, "a mistral has no mlp_bias"),
+        ({"model_type": "qwen2"}, "model_type must be one of llama, mistral, got 'qwen2'"),
+        ({"rope": None}, "rope must be a Rope, got None"),
+        ({"rope": {"rope_theta": 5.0}}, "rope must be a Rope"),
+    ],
+)
+def test_a_config_that_no_file_could_hold_is_refused(values, said):
+    with pytest.raises(ConfigError, match=said):
+        dataclasses.replace(SMALL, **values)
+
+
 def test_keys_that_only_the_other_of_the_two_has_are_said_once():
     assert "sliding_window" in read({"model_type": "llama", "sliding_window": 7})[1][0]
     config, (notice,) = read({"model_type": "mistral", "attention_bias": True})
