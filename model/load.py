@@ -31,6 +31,8 @@ from model.parameters import Parameters, Slot
 BUNDLED = "tiny-gpt2"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / BUNDLED
 
+_OWN = "tok_embeddings.weight"  # of `consolidated.safetensors`, which a Mistral's folder has beside the shards
+
 
 @dataclass
 class Plan:
@@ -118,6 +120,9 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
         raise type(faults[0])([problem for fault in faults for problem in fault.problems])
     config, notices = config
 
+    if _OWN in tensors:
+        what = f"{_OWN} is a name of Meta's and Mistral's own files, which are not read"
+        raise CheckpointError(f"{tensors[_OWN].path}: {what}; fetch those in Hugging Face layout")
     model = architecture(config)
     names = map_names(tensors, model.PREFIX, model.BUFFER)
     notices += names.notices

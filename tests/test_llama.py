@@ -184,6 +184,16 @@ def test_frequencies_are_transformers_to_the_last_bits(written, name):
     np.testing.assert_allclose(ours, theirs, rtol=4 * 2.0**-24)  # four operations, each rounded once
 
 
+def test_frequencies_stay_where_a_captured_graph_reads_them():
+    """However many others are asked for meanwhile; and a config may have a list, which has no hash."""
+    positions, ids = Rope(5000.0, "llama3", 8.0, 1.0, 4.0, 16), torch.zeros(1, 2)
+    config = dataclasses.replace(SMALL, rope=positions, eos_token_id=[3, 5])
+    first = llama._frequencies(config, ids)
+    for factor in range(2, 40):
+        llama._frequencies(dataclasses.replace(config, rope=Rope(5000.0, "linear", factor)), ids)
+    assert llama._frequencies(config, ids) is first
+
+
 #: Parameters, by the papers and model cards: 6.74, 8.03, 1.24, 1.10 and 7.24 thousand millions.
 COUNTS = {
     "llama-2-7b": 6_738_415_616,
@@ -227,6 +237,17 @@ def test_a_tensor_that_is_missing_or_not_the_models_is_named(written, tmp_path):
         model.load(tmp_path / "damaged", device="cpu")
     assert "tensor layers.1.mlp.up_proj.weight (83, 48) is missing" in str(fault.value)
     assert "self_attn.q_proj.bias (48,) is unexpected: this LLaMA has no such parameter" in str(fault.value)
+
+
+def test_a_mistrals_own_file_is_left_alone_and_by_itself_refused_in_one_sentence(written, tmp_path):
+    reference.write_sharded(written("mistral"), tmp_path / "sharded")
+    reference.rewrite(written("mistral"), tmp_path / "own", {"tok_embeddings.weight": torch.ones(2, 2)})
+    own = (tmp_path / "own" / "model.safetensors").rename(tmp_path / "own" / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match="a name of Meta's and Mistral's own files") as fault:
+        model.load(tmp_path / "own", device="cpu")
+    assert len(fault.value.problems) == 1
+    own.rename(tmp_path / "sharded" / own.name)
+    model.load(tmp_path / "sharded", device="cpu")
 
 
 @paths

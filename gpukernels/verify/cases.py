@@ -85,7 +85,8 @@ def norm_linears(draw: Draw) -> Iterator[Case]:
     for M, N, K in draw.several([(5, 40, 200), (1, 7, 129), (70, 33, 40)], [(64, 2304, 768), (300, 257, 1600)]):
         given = draw.named(x=(M, K), norm_weight=(K,), norm_bias=(K,), weight=(N, K), bias=(N,))
         yield Case(f"{M} x {K} -> {N}", given, {"activation": "gelu_new"})
-        yield Case(f"{M} x {K} -> {N}, eps 0.1", given, {"eps": 0.1})
+        if not draw.quick or M == 5:
+            yield Case(f"{M} x {K} -> {N}, eps 0.1", given, {"eps": 0.1})
         rms = {"norm": "rms", "norm_bias": None, "eps": 1e-6, "with_x": True}
         yield Case(f"{M} x {K} -> {N}, RMS norm", {name: given[name] for name in ("x", "norm_weight", "weight")}, rms)
 
