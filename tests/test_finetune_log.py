@@ -257,6 +257,8 @@ def test_an_object_of_ones_own_is_told_whole_records(tmp_path):
 def test_flops_of_a_token_are_llm_cs_and_peaks_are_known_by_whole_names():
     # 6 * 124,439,808 + 6 * 12 * 768 * 1024
     assert flops_per_token(PRESETS["gpt2"], 1024) == 803_261_952
+    # Of the two matrices of a vocabulary one is multiplied: 6 * (1,100,048,384 - 65,536,000) + 6 * 22 * 2048 * 1024
+    assert flops_per_token(PRESETS["tinyllama-1.1b"], 1024) == 6_483_898_368
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") == 66.9e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") is None

@@ -20,10 +20,12 @@ _NAMES = {
 def flops_per_token(config: Config, context: int) -> float:
     """Operations of forward and backward for one token in a window of `context`: 6 N + 6 L C T.
 
-    A multiply-add is two. N is every parameter, the token table as the output matrix; attention's two products
-    see half a window on average, and three passes make 6. As in llm.c; recomputation does not count.
+    A multiply-add is two. N is every parameter, of the token table and the output matrix one, as a table is looked up
+    and not multiplied; attention's two products see half a window on average, and three passes make 6. As in llm.c;
+    recomputation does not count, nor that a sliding window sees less.
     """
-    return 6.0 * parameter_count(config) + 6.0 * config.n_layer * config.n_head * config.head_width * context
+    attention = config.n_layer * config.n_head * config.head_width * context
+    return 6.0 * (parameter_count(config, head=False) + attention)
 
 
 def peak_flops(name: str, dtype: str) -> float | None:
