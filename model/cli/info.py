@@ -58,6 +58,8 @@ def info(
     for key, value in asdict(config).items():
         if key == "n_inner" and value is None:
             value = f"{config.feed_forward_width} (4 x n_embd)"
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {each}" for name, each in value.items() if each is not None)
         table.add_row(key, str(value))
     table.add_row("head width", str(config.head_width))
     table.add_row("parameters", f"{count:,}" + (f" in {len(slots)} tensors, stored as {stored}" if stored else ""))
