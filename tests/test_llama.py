@@ -154,6 +154,25 @@ def test_what_is_not_computed_is_refused_by_name(kind, values, said):
     assert said in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 50}, "num_attention_heads=6 must divide hidden_size=50 without head_dim"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be an integer from 1"),
+        ({"hidden_size": "48"}, 'hidden_size must be an integer from 1 to 131072, got "48"'),
+        ({"model_type": "gemma"}, "model_type must be one of llama, mistral, got 'gemma'"),
+        ({"rope": {"rope_theta": 5.0}}, "rope must be a Rope, got {'rope_theta': 5.0}"),
+        # Each would be computed, and saved as another model.
+        ({"sliding_window": 4}, "a llama has no sliding_window"),
+        ({"model_type": "mistral", "mlp_bias": True, "attention_bias": True}, "a mistral has no attention_bias"),
+    ],
+)
+def test_a_config_that_no_file_could_hold_is_refused(changes, said):
+    with pytest.raises(ConfigError) as fault:
+        model.from_config(dataclasses.replace(SMALL, **changes), device="cpu")
+    assert said in str(fault.value)
+
+
 def test_keys_that_only_the_other_of_the_two_has_are_said_once():
     assert "sliding_window" in read({"model_type": "llama", "sliding_window": 7})[1][0]
     config, (notice,) = read({"model_type": "mistral", "attention_bias": True})
