@@ -25,7 +25,7 @@ from gpukernels import (
     swiglu,
 )
 from model.cache import Cache
-from model.llama_config import LlamaConfig
+from model.llama_config import LlamaConfig, Rope
 from model.names import HEAD
 from model.parameters import Parameters, Slot
 
@@ -212,14 +212,14 @@ def _frequencies(config: LlamaConfig, x):
     """(D / 2,) float32 where x is; None for the default ones, which the op has itself."""
     if config.frequencies is None or isinstance(x, np.ndarray):
         return config.frequencies
-    return _on_device(config, x.device)
+    return _on_device(config.rope, config.head_width, x.device)
 
 
-@functools.lru_cache(maxsize=16)
-def _on_device(config: LlamaConfig, device):
+@functools.cache  # for good: a captured graph reads them where they are
+def _on_device(positions: Rope, width: int, device):
     import torch
 
-    return torch.from_numpy(config.frequencies).to(device)
+    return torch.from_numpy(positions.frequencies(width)).to(device)
 
 
 def unembed(parameters: Parameters, config: LlamaConfig, x):

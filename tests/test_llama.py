@@ -188,6 +188,16 @@ def test_frequencies_are_transformers_to_the_last_bits(written, name):
     np.testing.assert_allclose(ours, theirs, rtol=4 * 2.0**-24)  # four operations, each rounded once
 
 
+def test_frequencies_stay_where_a_captured_graph_reads_them():
+    """However many others are asked for meanwhile; and a config may have a list, which has no hash."""
+    rope, ids = Rope(5000.0, "llama3", 8.0, 1.0, 4.0, 16), torch.zeros(1, 2)
+    config = dataclasses.replace(SMALL, rope=rope, eos_token_id=[3, 5])
+    first = llama._frequencies(config, ids)
+    for factor in range(2, 40):
+        llama._frequencies(dataclasses.replace(config, rope=Rope(5000.0, "linear", factor)), ids)
+    assert llama._frequencies(config, ids) is first
+
+
 #: Parameters, by the papers and model cards: 6.74, 8.03, 1.24, 1.10 and 7.24 thousand millions.
 COUNTS = {
     "llama-2-7b": 6_738_415_616,

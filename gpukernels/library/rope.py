@@ -10,7 +10,7 @@ from gpukernels.library.registry import define, differentiate, empty
 from gpukernels.torch_ops.rope import default_frequencies
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a captured graph reads them where they are
 def _frequencies(theta: float, width: int, device: torch.device) -> torch.Tensor:
     """The default frequencies, copied to a device once: a CUDA graph cannot capture such a copy."""
     return default_frequencies(theta, width).to(device)
