@@ -152,8 +152,8 @@ class Row:
     def _window(self) -> list[int]:
         """What a slid context keeps.
 
-        Learned positions cannot be shifted, so the tokens are computed anew from position 0; half of
-        the context makes that one prefilled token for each generated one.
+        Positions are in what the cache holds, learned or turned, so the tokens are computed anew from position 0;
+        half of the context makes that one prefilled token for each generated one.
         """
         keep = max(2, self._limits.positions // 2)
         return (self.prompt + self.tokens)[-keep:]

@@ -31,6 +31,8 @@ from model.parameters import Parameters, Slot
 BUNDLED = "tiny-gpt2"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / BUNDLED
 
+_OWN = "tok_embeddings.weight"  # of `consolidated.safetensors`, which a Mistral's folder has beside the shards
+
 
 @dataclass
 class Plan:
@@ -118,6 +120,9 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
         raise type(faults[0])([problem for fault in faults for problem in fault.problems])
     config, notices = config
 
+    if _OWN in tensors:
+        what = f"{_OWN} is a name of Meta's and Mistral's own files, which are not read"
+        raise CheckpointError(f"{tensors[_OWN].path}: {what}; fetch those in Hugging Face layout")
     model = architecture(config)
     names = map_names(tensors, model.PREFIX, model.BUFFER)
     notices += names.notices
@@ -134,7 +139,7 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
         else:
             del by_base[HEAD]
     slots = list(model.slots(config, head=own_head))
-    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base, model.NAME)
+    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base)
     if problems:
         raise CheckpointError(problems)
     return Plan(source, values, config, slots, {slot.name: by_base[slot.source] for slot in slots}, notices)
@@ -148,7 +153,7 @@ def _attempt(faults: list[ModelError], read: Callable, *arguments):
         faults.append(fault)
 
 
-def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry], kind: str) -> list[str]:
+def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[str]:
     """What is missing, unexpected, or of the wrong shape or dtype, a sentence each."""
     wanted = {slot.source: slot for slot in slots}
     missing = [
@@ -157,7 +162,7 @@ def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEn
         if name not in tensors
     ]
     unexpected = [
-        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this {kind} has no such parameter"
+        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this model has no such parameter"
         for name, entry in tensors.items()
         if name not in wanted
     ]

@@ -240,7 +240,18 @@ def test_a_tensor_that_is_missing_or_not_the_models_is_named(written, tmp_path):
     with pytest.raises(CheckpointError) as fault:
         model.load(tmp_path / "damaged", device="cpu")
     assert "tensor layers.1.mlp.up_proj.weight (83, 48) is missing" in str(fault.value)
-    assert "self_attn.q_proj.bias (48,) is unexpected: this LLaMA has no such parameter" in str(fault.value)
+    assert "self_attn.q_proj.bias (48,) is unexpected: this model has no such parameter" in str(fault.value)
+
+
+def test_a_mistrals_own_file_is_left_alone_and_by_itself_refused_in_one_sentence(written, tmp_path):
+    reference.write_sharded(written("mistral"), tmp_path / "sharded")
+    reference.rewrite(written("mistral"), tmp_path / "own", {"tok_embeddings.weight": torch.ones(2, 2)})
+    own = (tmp_path / "own" / "model.safetensors").rename(tmp_path / "own" / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match="a name of Meta's and Mistral's own files") as fault:
+        model.load(tmp_path / "own", device="cpu")
+    assert len(fault.value.problems) == 1
+    own.rename(tmp_path / "sharded" / own.name)
+    model.load(tmp_path / "sharded", device="cpu")
 
 
 @paths
