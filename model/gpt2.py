@@ -42,8 +42,6 @@ BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 #: What transformers puts in front of every name but the head's, and what it calls the token table.
 PREFIX, TABLE = "transformer.", "wte.weight"
 
-NAME = "GPT-2"
-
 
 def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
     """Every parameter of the model: our name, the checkpoint's, and the shape, (out, in) for products.

@@ -89,7 +89,7 @@ class LanguageModel:
         if new > self.positions:
             raise ContextError(f"ids have {new} tokens, but the model has {self.positions} positions")
         device = self.parameters.device
-        needs = logits_needs(self.config, self.parameters.dtype, place_of(device), ids.size)
+        needs = logits_needs(self.config, self.parameters.dtype, place_of(device), *ids.shape)
         with room_for(device, needs, f"logits of {ids.shape[0]} x {new} tokens", "give fewer rows, or shorter ones"):
             positions = device.indices(np.broadcast_to(np.arange(new), ids.shape))
             model = architecture(self.config)

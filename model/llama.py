@@ -29,8 +29,6 @@ from model.llama_config import LlamaConfig, Rope
 from model.names import HEAD
 from model.parameters import Parameters, Slot
 
-NAME = "LLaMA"
-
 #: What transformers puts in front of every name but the head's, and what it calls the token table.
 PREFIX, TABLE = "model.", "embed_tokens.weight"
 

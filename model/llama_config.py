@@ -77,10 +77,17 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu"}
 
 _MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
+# What only the other of the two has.
+_FOREIGN = {"llama": ("sliding_window",), "mistral": ("attention_bias", "mlp_bias")}
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape and arithmetic of a LLaMA or a Mistral, in the names of its `config.json`."""
+    """The shape and arithmetic of a LLaMA or a Mistral, in the names of its `config.json`.
+
+    Raises ConfigError for what no `config.json` could say: another model_type, a LLaMA with a window, a Mistral with
+    biases. `read`, and so `model.from_config`, judges the rest.
+    """
 
     model_type: str = "llama"
     vocab_size: int = 32000
@@ -102,14 +109,12 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = 2
 
     def __post_init__(self):
-        foreign = ("attention_bias", "mlp_bias") if self.model_type == "mistral" else ("sliding_window",)
-        given = [name for name in foreign if getattr(self, name)]
         if self.model_type not in _MODELS:
             raise ConfigError(f"model_type must be one of {', '.join(_MODELS)}, got {self.model_type!r}")
-        if given:
-            raise ConfigError(f"a {self.model_type} has no {' and no '.join(given)}")
         if not isinstance(self.rope, Rope):
             raise ConfigError(f"rope must be a Rope, got {self.rope!r}")
+        if foreign := [key for key in _FOREIGN[self.model_type] if getattr(self, key)]:
+            raise ConfigError(f"a {self.model_type} has no {', '.join(foreign)}")
 
     # The names by which the runtime asks a config of any architecture.
 
@@ -156,14 +161,13 @@ class LlamaConfig:
         rope = {key: value for key, value in values.pop("rope").items() if value is not None}
         if isinstance(self.eos_token_id, tuple):
             values["eos_token_id"] = list(self.eos_token_id)
-        if self.model_type == "mistral":
-            del values["attention_bias"], values["mlp_bias"]
-        else:
-            del values["sliding_window"]
+        # Some readers take null for a width.
+        for key in (*_FOREIGN[self.model_type], *(["head_dim"] if self.head_dim is None else [])):
+            del values[key]
         theta, kind = rope["rope_theta"], rope["rope_type"]
         scaling = None if kind == "default" else {key: value for key, value in rope.items() if key != "rope_theta"}
-        values |= {"num_key_value_heads": self.kv_heads, "head_dim": self.head_width}
         values |= {"rope_parameters": rope, "rope_theta": theta, "rope_scaling": scaling}
+        values["num_key_value_heads"] = self.kv_heads
         return {"architectures": [_MODELS[self.model_type]], **values}
 
 
@@ -192,7 +196,7 @@ _CONTRACTS = {
     "llama": Contract(_LLAMA_RULES, _LLAMA_DEFAULTS, inert=frozenset((*_ROPE, "attention_dropout", "pretraining_tp"))),
     "mistral": Contract(
         {
-            **{key: rule for key, rule in _LLAMA_RULES.items() if key not in ("attention_bias", "mlp_bias")},
+            **{key: rule for key, rule in _LLAMA_RULES.items() if key not in _FOREIGN["mistral"]},
             "sliding_window": size(2**26, optional=True),
         },
         _LLAMA_DEFAULTS

@@ -139,7 +139,7 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
         else:
             del by_base[HEAD]
     slots = list(model.slots(config, head=own_head))
-    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base, model.NAME)
+    problems = [f"{source}: {problem}" for problem in names.problems] + _mismatches(source, slots, by_base)
     if problems:
         raise CheckpointError(problems)
     return Plan(source, values, config, slots, {slot.name: by_base[slot.source] for slot in slots}, notices)
@@ -153,7 +153,7 @@ def _attempt(faults: list[ModelError], read: Callable, *arguments):
         faults.append(fault)
 
 
-def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry], kind: str) -> list[str]:
+def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEntry]) -> list[str]:
     """What is missing, unexpected, or of the wrong shape or dtype, a sentence each."""
     wanted = {slot.source: slot for slot in slots}
     missing = [
@@ -162,7 +162,7 @@ def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEn
         if name not in tensors
     ]
     unexpected = [
-        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this {kind} has no such parameter"
+        f"{entry.path}: tensor {entry.name} {entry.shape} is unexpected: this model has no such parameter"
         for name, entry in tensors.items()
         if name not in wanted
     ]

@@ -32,6 +32,10 @@ _QUERIES, _SCORES = 128, 65536  # of attention at a time; the scores at least, w
 _WIDENED = 262144  # float16 weights that are widened at a time
 _CODE = 10**6  # pages of NumPy's and BLAS's code that the first use brings in, about (measured, same date)
 
+# Plain torch has the scores of all queries of a chunk in memory, and that often: before and behind the softmax, and
+# what of it is visible (gpukernels/torch_ops/attention.py). Beside that code and buffers, about (measured, torch 2.13).
+_SCORES_OF_TORCH, _CODE_OF_TORCH = 3, 3 * 10**7
+
 # Decode attention's partial results of one row, of all heads together: about one for each multiprocessor of an
 # H100; see gpukernels/kernels/attention/decode.py.
 _PARTIALS = 132
@@ -60,8 +64,8 @@ class Ledger:
             prompts are filled up with.
         logits: of the position of each row that is unembedded; captured, also one row for each length that prompts
             of `context` tokens or less are filled up to.
-        workspace: what the ops keep beside that: on the CPU BLAS's packed blocks, attention's scores (plain torch
-            has them all), widened weights; on CUDA the partial results of decode attention.
+        workspace: what the ops keep beside that: on the CPU attention's scores, with NumPy also BLAS's packed blocks
+            and widened weights; on CUDA the partial results of decode attention.
         slack: what torch's allocator holds on to beyond what it was asked for; a guess from its rules.
     """
 
@@ -153,22 +157,28 @@ def predict(
         tensors = (ledger["weights"], ledger["kv_cache"] // 2, ledger["kv_cache"] // 2)
         workspace = batch * _PARTIALS * (config.head_width + 2) * 4
         slack = sum(-size % _SEGMENT for size in tensors) + _LARGE_POOL + _SEGMENT + LOADING  # which it keeps
+    elif place == "torch":
+        workspace = _torch_workspace(config, tokens, context, batch)
     else:
-        workspace = _host_workspace(config, tokens, context, narrow=place == "numpy" and dtype != "float32")
-        if place == "torch":
-            # All scores three times over, and keys and values for every query head, widened and blanked.
-            rows = 3 * max(tokens, batch) + 4 * config.head_width
-            workspace += 4 * config.n_head * rows * context
+        workspace = _numpy_workspace(config, tokens, context, narrow=dtype != "float32")
     return Ledger(place, dtype, batch, context, **ledger, workspace=workspace, slack=slack)
 
 
-def _host_workspace(config: Config, tokens: int, context: int, *, narrow: bool) -> int:
-    """Of `tokens` rows of a prefill over `context` keys on the CPU; `narrow` weights are widened as they are used."""
+def _torch_workspace(config: Config, queries: int, keys: int, rows: int) -> int:
+    """Of attention in plain torch: float32 scores of a prefill's `queries`; keys and values for each query head, of
+    all `rows` in a step, and there twice."""
+    scores, copy = config.n_head * queries * keys, config.n_head * keys * config.head_width
+    return _CODE_OF_TORCH + 4 * max(_SCORES_OF_TORCH * scores + 2 * copy, 4 * rows * copy)
+
+
+def _numpy_workspace(config: Config, tokens: int, context: int, *, narrow: bool) -> int:
+    """Of `tokens` rows of a prefill over `context` keys; `narrow` weights are widened as they are used."""
     width, hidden = config.n_embd, config.feed_forward_width
     depth = hidden if hidden <= _BLAS_BLOCK else min(hidden // 2, _BLAS_BLOCK)
     blas = (tokens + _threads() * min(hidden, _BLAS_BLOCK)) * depth
     queries = min(tokens, _QUERIES)
-    scores = min(max(_SCORES, queries * context), config.n_head * queries * context)
+    scores = config.n_head * queries * context
+    scores = min(max(_SCORES, scores // config.kv_heads), scores)  # of a key-value head's queries, or more
     elements = blas + scores + 2 * min(_BLOCK, tokens * hidden)
     if narrow:  # a block as it is stored (half as wide), widened, and its product
         block = min(_WIDENED, width * hidden)
@@ -182,8 +192,9 @@ def _threads() -> int:
     return min(int(asked), os.cpu_count() or 1) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
 
 
-def logits_needs(config: Config, dtype: str, place: Place, tokens: int) -> dict[str, int]:
-    """What `LanguageModel.logits` takes, which computes all tokens at once."""
+def logits_needs(config: Config, dtype: str, place: Place, rows: int, new: int) -> dict[str, int]:
+    """What `LanguageModel.logits` takes, which computes all of its (B, T) tokens at once."""
+    tokens = rows * new
     width = 4 if place == "numpy" else WIDTHS[dtype]
     # What they are copied to on the way out: CUDA's without padding, torch's as float32.
     copied = {"numpy": 0, "torch": 4 if width < 4 else 0, "cuda": width}[place]
@@ -191,9 +202,13 @@ def logits_needs(config: Config, dtype: str, place: Place, tokens: int) -> dict[
         "activations": tokens * architecture(config).live(config) * width,
         "logits": tokens * _vocabulary(config) * (width + copied),
     }
-    if place != "cuda":
-        context = min(tokens, config.n_positions)
-        needs["workspace"] = _host_workspace(config, tokens, context, narrow=place == "numpy" and dtype != "float32")
+    if place == "numpy":
+        needs["workspace"] = _numpy_workspace(config, tokens, new, narrow=dtype != "float32")
+    elif place == "torch":
+        # Its own attention stores no scores: float32, over all that came before.
+        window = getattr(config, "sliding_window", None)
+        stored = dtype != "float32" or (window is not None and window < new)
+        needs["workspace"] = _torch_workspace(config, tokens, new, rows) if stored else _CODE_OF_TORCH
     return needs
 
 

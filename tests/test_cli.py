@@ -216,6 +216,8 @@ def test_info_of_a_preset_needs_no_files(run, tmp_path, monkeypatch):
     assert code == 0
     assert json.loads(out)["parameters"] == 1_557_611_200
     assert "124,439,808" in run("info", "gpt2")[1]
+    text = " ".join(run("info", "llama-2-7b")[1].split())
+    assert "rope │ rope_theta 10000.0, rope_type default │" in text
 
 
 @pytest.mark.parametrize("name", ["[bold]", "[/bold]", "a [red] b"])

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from damage import CONFIG, make
 
 import model
@@ -74,7 +75,7 @@ def test_captured_prompts_are_counted_as_they_are_filled_up_each_with_its_logits
     assert ledger.logits == (3 + graphs) * 50304 * width
     assert predict(config, "float16", "torch", batch=3, context=context).logits == 3 * 50304 * width
     # All tokens at once are not filled up.
-    assert logits_needs(config, "float16", "cuda", 5) == {
+    assert logits_needs(config, "float16", "cuda", 1, 5) == {
         "activations": 5 * 11 * 768 * width,
         "logits": 5 * 50304 * 2 * width,
     }
@@ -139,6 +140,33 @@ def test_resident_memory_grows_as_predicted_within_a_twentieth(config, dtype, ba
     assert measured.peak == pytest.approx(predicted.peak, rel=0.05)
     assert measured.weights == pytest.approx(predicted.weights, rel=0.05, abs=2e6)
     assert measured.peak >= measured.loading >= measured.weights
+
+
+@linux
+@pytest.mark.parametrize("window", [None, 100])
+def test_plain_torch_is_predicted_with_its_scores(window):
+    config = dataclasses.replace(LLAMA, num_hidden_layers=2, num_attention_heads=16)
+    config = dataclasses.replace(config, model_type="mistral" if window else "llama", sliding_window=window)
+    predicted = predict(config, "float32", "torch")
+    assert predicted.workspace > 3 * 16 * 1024 * 1024 * 4
+    measured = footprint(config, choose_device(torch.device("cpu")), predicted)
+    assert measured.peak == pytest.approx(predicted.peak, rel=0.12)
+
+
+def test_all_logits_at_once_store_scores_where_torchs_own_attention_does_not_serve():
+    scores = 3 * 8 * 2 * 1000 * 1000 * 4  # of two rows
+    window = dataclasses.replace(LLAMA, model_type="mistral", sliding_window=100)
+    for config, dtype, stored in ((LLAMA, "float32", False), (window, "float32", True), (LLAMA, "bfloat16", True)):
+        assert (logits_needs(config, dtype, "torch", 2, 1000)["workspace"] > scores) == stored
+    window = dataclasses.replace(window, sliding_window=1000)
+    assert logits_needs(window, "float32", "torch", 2, 1000) == logits_needs(LLAMA, "float32", "torch", 2, 1000)
+
+
+def test_grouped_queries_have_their_scores_side_by_side():
+    """In NumPy, which multiplies with a key-value head once: 8 / 2 heads of 128 queries and 1000 keys."""
+    alone = dataclasses.replace(LLAMA, num_key_value_heads=8)
+    more = predict(LLAMA, "float32", "numpy", context=1000).workspace
+    assert more - predict(alone, "float32", "numpy", context=1000).workspace == 3 * 128 * 1000 * 4
 
 
 @linux

@@ -32,6 +32,16 @@ def test_it_is_attention_of_its_thirds(kind, case):
 
 
 @every_kind
+def test_a_window_as_wide_as_all_keys_is_none(kind):
+    """Bit for bit: plain torch has a quicker way there, which stores no scores."""
+    qkv = kind.draw(2, 7, 3, 3, 8)
+    for window in (7, 4096):
+        np.testing.assert_array_equal(host(packed_attention(qkv, window=window)), host(packed_attention(qkv)))
+        q, k, v = (qkv[:, :, part] for part in range(3))
+        np.testing.assert_array_equal(host(attention(q, k, v, window=window)), host(attention(q, k, v)))
+
+
+@every_kind
 @pytest.mark.parametrize("shape", [(0, 4, 3, 2, 8), (2, 0, 3, 2, 8)])
 def test_nothing(kind, shape):
     assert tuple(packed_attention(kind.draw(*shape)).shape) == (*shape[:2], *shape[3:])

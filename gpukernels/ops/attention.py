@@ -72,7 +72,7 @@ def attention(
     if heads == 0 or width == 0:
         raise ValueError(f"attention: q must be (B, T, H, D) with H and D of 1 or more, got {shape(q)}")
     _check_keys("attention", q, k, v)
-    _check_window("attention", window, causal)
+    window = _window("attention", window, k.shape[1], causal)
     if lengths is None:
         if causal and new > k.shape[1]:
             raise ValueError(f"attention: q has {new} positions but k only {k.shape[1]}; pass lengths for padding")
@@ -110,7 +110,7 @@ def packed_attention(
     check_floats(op, qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[3:]:
         raise ValueError(f"{op}: qkv must be (B, T, 3, H, D) with H and D of 1 or more, got {shape(qkv)}")
-    _check_window(op, window, causal)
+    window = _window(op, window, qkv.shape[1], causal)
     _check_documents(op, documents, *qkv.shape[:2])
     _check_scale(op, scale)
     return run.packed_attention(qkv, causal=causal, window=window, documents=documents, scale=scale)
@@ -152,7 +152,7 @@ def decode_attention(
     if q.ndim != 3 or q.shape[1] == 0 or not 1 <= q.shape[2] <= 256:
         raise ValueError(f"decode_attention: q must be (B, H, D) with H of 1 or more and D of 1 to 256, got {shape(q)}")
     _check_keys("decode_attention", q, k, v)
-    _check_window("decode_attention", window)
+    window = _window("decode_attention", window, k.shape[1])
     _check_lengths("decode_attention", lengths, q.shape[0], k.shape[1])
     _check_scale("decode_attention", scale)
     check_no_gradient("decode_attention", q=q, k=k, v=v)
@@ -218,7 +218,7 @@ def cached_attention(
         if array.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(array.dtype)}")
         check_written(op, name, array)
-    _check_window(op, window)
+    window = _window(op, window, keys.shape[1])
     _check_lengths(op, lengths, batch, keys.shape[1])
     _check_scale(op, scale)
     if arrivals is not None:
@@ -243,11 +243,13 @@ def _check_keys(op: str, q: Array, k: Array, v: Array) -> None:
             raise TypeError(f"{op}: {name} must have q's dtype {dtype_name(q.dtype)}, got {dtype_name(array.dtype)}")
 
 
-def _check_window(op: str, window: int | None, causal: bool = True) -> None:
+def _window(op: str, window: int | None, keys: int, causal: bool = True) -> int | None:
+    """The window, checked; None, which has quicker ways, for one that is as wide as all keys."""
     if window is not None and not (whole(window) and window >= 1):
         raise ValueError(f"{op}: window must be a whole number, 1 or more, got {window!r}")
     if window is not None and not causal:
         raise ValueError(f"{op}: window needs causal=True")
+    return None if window is None or window >= keys else window
 
 
 def _check_documents(op: str, documents: Array | None, batch: int, keys: int) -> None:

@@ -15,8 +15,6 @@ def attention(
     scale = 1 / math.sqrt(width) if scale is None else scale
     dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
 
-    if window is not None and window >= keys:
-        window = None  # it hides nothing
     simple = causal and window is None and lengths is None and not return_lse and keys == new > 0 < batch
     if simple and dtype == torch.float32 and q.device.type == "cpu":
         return _causal(q, k, v, scale) if documents is None else _by_document(q, k, v, documents, scale)

@@ -10,6 +10,7 @@ import gpukernels
 from gpukernels import torch_ops
 from gpukernels.kernels import rope as kernels
 from gpukernels.kernels.tiles import RopeTile
+from gpukernels.library.rope import _frequencies
 from gpukernels.torch_ops.rope import default_frequencies
 from gpukernels.verify.compare import host
 from gpukernels.verify.layouts import LAYOUTS
@@ -168,3 +169,10 @@ def test_the_plain_form_and_the_kernel_agree():
     given = arrays(SINGLE, (2, 3, 2, 64, 0))
     limit = 2 * bound("float32", 1, abs(host(given["x"])).max() * 2)
     assert (abs(host(gpukernels.rope(**given)) - host(torch_ops.rope(**given))) <= limit).all()
+
+
+def test_default_frequencies_stay_where_a_captured_graph_reads_them():
+    first = _frequencies(10000.0, 8, torch.device("cpu"))
+    for theta in range(2, 100):
+        _frequencies(float(theta), 8, torch.device("cpu"))
+    assert _frequencies(10000.0, 8, torch.device("cpu")) is first
