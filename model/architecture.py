@@ -1,7 +1,7 @@
 """From a config to the module that computes it: `model.gpt2` or `model.llama`.
 
-Such a module has the functions `slots`, `live`, `embed`, `blocks`, `block`, `hidden_states`, `unembed` and `loss`,
-and says what a checkpoint's names look like: `PREFIX`, `TABLE` and `BUFFER`.
+Such a module has the functions `slots`, `live`, `kept`, `embed`, `blocks`, `block`, `hidden_states`, `unembed` and
+`loss`, and says what a checkpoint's names look like: `PREFIX`, `TABLE` and `BUFFER`.
 """
 
 from types import ModuleType

@@ -14,15 +14,15 @@ from gpukernels import (
     cached_attention,
     embedding,
     layer_norm,
-    linear,
     linear_cross_entropy,
     norm_linear,
     packed_attention,
 )
 from model.cache import Cache
+from model.forward import onto_stream, output_matrix
 from model.gpt2_config import ACTIVATIONS, GPT2Config
 from model.names import HEAD
-from model.parameters import Parameters, Slot
+from model.parameters import Parameters, Slot, padded_rows
 
 # Our names of a block's layers -> the checkpoint's. The checkpoint's products are transformers'
 # Conv1D, stored (in, out); `Slot.transposed` says so, and nothing is guessed from a shape: the square
@@ -49,8 +49,7 @@ def slots(config: GPT2Config, *, head: bool | None = None) -> Iterator[Slot]:
     `head` asks for an output matrix of its own; default where the config does not tie it.
     """
     width, hidden = config.n_embd, config.feed_forward_width
-    # So many logits in a row that a GPU reads every row 16 bytes at a time.
-    padded = -(-config.vocab_size // 64) * 64
+    padded = padded_rows(config.vocab_size)
     yield Slot("tokens.weight", TABLE, (config.vocab_size, width), padded=padded)
     yield Slot("positions.weight", "wpe.weight", (config.n_positions, width))
     products = {
@@ -143,10 +142,6 @@ def block(
     to the residual stream.
     """
 
-    def onto_stream(y, name):
-        weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
-        return linear(y, weight, bias, residual=x) if drop is None else x + drop(linear(y, weight, bias))
-
     batch, new, _ = x.shape
     eps = config.layer_norm_epsilon
 
@@ -160,7 +155,7 @@ def block(
         if last_only:
             q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
         y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, scale=scale, arrivals=cache.arrivals)
-    x = onto_stream(y.reshape(x.shape), "projection")
+    x = onto_stream(p, "projection", y.reshape(x.shape), x, drop)
 
     up, x = norm_linear(
         x,
@@ -172,7 +167,7 @@ def block(
         activation=ACTIVATIONS[config.activation_function],
         with_x=True,
     )
-    return onto_stream(up, "down")
+    return onto_stream(p, "down", up, x, drop)
 
 
 def _thirds(qkv):
@@ -183,7 +178,7 @@ def _thirds(qkv):
 def unembed(parameters: Parameters, config: GPT2Config, x):
     """Logits (..., V) of hidden states (..., C)."""
     root = parameters.root
-    head = parameters.padded["head.weight" if "head.weight" in root else "tokens.weight"]
+    head = parameters.padded[output_matrix(root)]
     logits = norm_linear(x, root["norm.weight"], root["norm.bias"], head, eps=config.layer_norm_epsilon)
     return logits[..., : config.vocab_size]
 
@@ -194,6 +189,5 @@ def loss(parameters: Parameters, config: GPT2Config, x, targets, *, reduction: s
     The logits of all tokens are never in memory on a GPU: see `gpukernels.linear_cross_entropy`.
     """
     root = parameters.root
-    head = root["head.weight"] if "head.weight" in root else root["tokens.weight"]
     x = layer_norm(x, root["norm.weight"], root["norm.bias"], eps=config.layer_norm_epsilon)
-    return linear_cross_entropy(x, head, targets, reduction=reduction)
+    return linear_cross_entropy(x, root[output_matrix(root)], targets, reduction=reduction)

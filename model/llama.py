@@ -25,9 +25,10 @@ from gpukernels import (
     swiglu,
 )
 from model.cache import Cache
+from model.forward import onto_stream, output_matrix
 from model.llama_config import LlamaConfig, Rope
 from model.names import HEAD
-from model.parameters import Parameters, Slot
+from model.parameters import Parameters, Slot, padded_rows
 
 #: What transformers puts in front of every name but the head's, and what it calls the token table.
 PREFIX, TABLE = "model.", "embed_tokens.weight"
@@ -59,8 +60,7 @@ def slots(config: LlamaConfig, *, head: bool | None = None) -> Iterator[Slot]:
     """
     width, hidden = config.hidden_size, config.intermediate_size
     queries, keys = config.n_head * config.head_width, config.kv_heads * config.head_width
-    # So many logits in a row that a GPU reads every row 16 bytes at a time.
-    padded = -(-config.vocab_size // 64) * 64
+    padded = padded_rows(config.vocab_size)
     yield Slot("tokens.weight", TABLE, (config.vocab_size, width), padded=padded)
     halves = (
         ("norm1", {"q": (queries, width), "k": (keys, width), "v": (keys, width)}, "projection", (width, queries)),
@@ -167,10 +167,6 @@ def block(
     to the residual stream.
     """
 
-    def onto_stream(y, name):
-        weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
-        return linear(y, weight, bias, residual=x) if drop is None else x + drop(linear(y, weight, bias))
-
     q, k, v = _queries_keys_values(p, config, x, positions)
     if last_only:
         q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
@@ -179,8 +175,8 @@ def block(
     else:
         lengths, arrivals = cache.lengths, cache.arrivals
         y = cached_attention(q, k, v, *cache.layer(layer), lengths, window=config.sliding_window, arrivals=arrivals)
-    x = onto_stream(y.reshape(*x.shape[:2], -1), "projection")
-    return onto_stream(swiglu(*_gate_and_up(p, config, x)), "down")
+    x = onto_stream(p, "projection", y.reshape(*x.shape[:2], -1), x, drop)
+    return onto_stream(p, "down", swiglu(*_gate_and_up(p, config, x)), x, drop)
 
 
 def _queries_keys_values(p: Mapping, config: LlamaConfig, x, positions):
@@ -233,7 +229,7 @@ def _on_device(positions: Rope, width: int, device):
 def unembed(parameters: Parameters, config: LlamaConfig, x):
     """Logits (..., V) of hidden states (..., C)."""
     root = parameters.root
-    head = parameters.padded["head.weight" if "head.weight" in root else "tokens.weight"]
+    head = parameters.padded[output_matrix(root)]
     logits = norm_linear(x, root["norm.weight"], None, head, norm="rms", eps=config.rms_norm_eps)
     return logits[..., : config.vocab_size]
 
@@ -244,6 +240,5 @@ def loss(parameters: Parameters, config: LlamaConfig, x, targets, *, reduction: 
     The logits of all tokens are never in memory on a GPU: see `gpukernels.linear_cross_entropy`.
     """
     root = parameters.root
-    head = root["head.weight"] if "head.weight" in root else root["tokens.weight"]
     x = rms_norm(x, root["norm.weight"], eps=config.rms_norm_eps)
-    return linear_cross_entropy(x, head, targets, reduction=reduction)
+    return linear_cross_entropy(x, root[output_matrix(root)], targets, reduction=reduction)

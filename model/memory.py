@@ -5,7 +5,6 @@
 `model.footprint` measures the same, and `model.room` says what is free.
 """
 
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from model.config import Config
 from model.decoder import CHUNK
 from model.device import WIDTHS, Device, NumpyDevice, sees_gpu
 from model.graph import captured_capacity, is_capturable, prompt_sizes
-from model.parameters import padded_sizes
+from model.parameters import padded_rows, padded_sizes
 
 #: Whose memory: NumPy's, that of plain torch on the CPU, or a GPU's.
 Place = Literal["numpy", "torch", "cuda"]
@@ -150,7 +149,7 @@ def predict(
         "weights": weight_bytes(config, dtype, head=head),
         "kv_cache": 2 * config.n_layer * batch * room * config.kv_heads * config.head_width * width,
         "activations": max(tokens, batch) * architecture(config).live(config) * width,
-        "logits": (batch + len(sizes)) * _vocabulary(config) * width,
+        "logits": (batch + len(sizes)) * padded_rows(config.vocab_size) * width,
     }
     workspace = slack = 0
     if place == "cuda":
@@ -200,7 +199,7 @@ def logits_needs(config: Config, dtype: str, place: Place, rows: int, new: int) 
     copied = {"numpy": 0, "torch": 4 if width < 4 else 0, "cuda": width}[place]
     needs = {
         "activations": tokens * architecture(config).live(config) * width,
-        "logits": tokens * _vocabulary(config) * (width + copied),
+        "logits": tokens * padded_rows(config.vocab_size) * (width + copied),
     }
     if place == "numpy":
         needs["workspace"] = _numpy_workspace(config, tokens, new, narrow=dtype != "float32")
@@ -210,11 +209,6 @@ def logits_needs(config: Config, dtype: str, place: Place, rows: int, new: int) 
         stored = dtype != "float32" or (window is not None and window < new)
         needs["workspace"] = _torch_workspace(config, tokens, new, rows) if stored else _CODE_OF_TORCH
     return needs
-
-
-def _vocabulary(config: Config) -> int:
-    """The numbers in a row of logits, padding counted."""
-    return math.ceil(config.vocab_size / 64) * 64
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:

@@ -38,6 +38,11 @@ class Slot:
         return self.shape if self.padded is None else (self.padded, *self.shape[1:])
 
 
+def padded_rows(vocabulary: int) -> int:
+    """Of a table of tokens: so many logits in a row that a GPU reads every row 16 bytes at a time."""
+    return -(-vocabulary // 64) * 64
+
+
 _ALIGNMENT = 64  # elements: 128 bytes at least, what wide loads of any device ask for
 
 

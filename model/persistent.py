@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from model.config import Config
+from model.forward import output_matrix
 from model.gpt2_config import ACTIVATIONS, GPT2Config
 from model.graph import GraphDecoder
 from model.parameters import Parameters
@@ -57,7 +58,7 @@ class PersistentDecoder(GraphDecoder):
         self._persistent = PersistentStep(
             parameters.blocks,
             norm=(root["norm.weight"], root["norm.bias"]),
-            head=parameters.padded["head.weight" if "head.weight" in root else "tokens.weight"],
+            head=parameters.padded[output_matrix(root)],
             table=root["tokens.weight"],
             positions=root["positions.weight"],
             keys=self.cache.keys,

@@ -14,6 +14,7 @@ import numpy as np
 from gpukernels.numbers import whole
 from model.device import Device
 from model.errors import ModelError
+from model.parameters import padded_rows
 
 #: The arguments of `gpukernels.sample` that go together.
 DRAWING, FILTERS, PENALTY = (
@@ -90,9 +91,7 @@ class SamplingState:
             self._arrays[name][row : row + 1] = value  # see `Cache.hold`
         if sampling.repetition_penalty != 1.0:
             if "seen" not in self._arrays:
-                # Rows of a length that lets a GPU read each of them wide.
-                padded = -(-self.vocabulary // 64) * 64
-                memory = self._device.zeros((len(self._settings), padded), "bool")
+                memory = self._device.zeros((len(self._settings), padded_rows(self.vocabulary)), "bool")
                 self._arrays["seen"] = memory[:, : self.vocabulary]
             self._arrays["seen"][row] = False
             self._arrays["seen"][row, [token for token in seen if token < self.vocabulary]] = True

@@ -3,11 +3,13 @@
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import peft
 import pytest
 import torch
+from decoding import MISTRAL
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -17,7 +19,7 @@ import model
 from model.adapter import LowRank, merge, products, read_adapter, write_adapter
 from model.architecture import architecture
 from model.cli.app import main
-from model.config import GPT2Config, LlamaConfig
+from model.config import GPT2Config
 from model.errors import CheckpointError, ModelError
 from model.finetune.adapters import adapters, attach, first_values
 from model.finetune.distributed import World, fill
@@ -30,17 +32,7 @@ ALL = ("qkv", "projection", "up", "down")
 IDS = np.random.default_rng(1).integers(0, 61, (2, 24))
 
 
-LLAMA = LlamaConfig(
-    vocab_size=61,
-    max_position_embeddings=24,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=0,
-    eos_token_id=0,
-)
+LLAMA = replace(MISTRAL, num_hidden_layers=3, bos_token_id=0, eos_token_id=0)
 
 
 both = pytest.mark.parametrize("folder", [CONFIG, LLAMA], ids=["gpt2", "llama"], indirect=True)

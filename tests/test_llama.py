@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from decoding import replayed
+from decoding import MISTRAL, replayed
 from reference import PATHS, Judge, from_pretrained, read_config, read_weights
 
 import model
@@ -18,22 +18,12 @@ from model.config import PRESETS
 from model.config import read_config as read
 from model.errors import CheckpointError, ConfigError, ContextError, LoadNotice
 from model.graph import GraphDecoder, captured_capacity
-from model.llama_config import LlamaConfig, Rope
+from model.llama_config import Rope
 from model.memory import parameter_count, predict
 
 paths = pytest.mark.parametrize("path", PATHS)
 
-SMALL = LlamaConfig(
-    vocab_size=61,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=40,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+SMALL = dataclasses.replace(MISTRAL, model_type="llama", sliding_window=None)
 
 
 @pytest.fixture(scope="module")

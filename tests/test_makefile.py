@@ -50,6 +50,34 @@ def test_a_gpu_is_hidden_from_the_sessions_that_need_none_and_has_one_of_its_own
     assert [each.split(" -m ")[1].split()[0] for each in sessions] == ["pytest", "pytest", "bench.gpu_tests"]
 
 
+# pip refuses the first install, as where torch's build asks for another Triton; `python -m venv FOLDER` makes this.
+REFUSING = """#!/bin/sh
+case "$*" in
+    "-m venv "*) mkdir -p $3/bin && cp $0 $3/bin/python;;
+    *"--constraint constraints.txt"*) echo "ERROR: WHY" >&2; exit 1;;
+    *"pip install"*) echo "$*" > LOG;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("why", "installs"), [("ResolutionImpossible", True), ("no network", False)])
+def test_where_torch_contradicts_the_tests_triton_an_older_one_is_taken(tmp_path, why, installs):
+    python, log, folder = tmp_path / "python", tmp_path / "log", tmp_path / "made"
+    python.write_text(REFUSING.replace("LOG", str(log)).replace("WHY", why))
+    python.chmod(0o755)
+    command = ["make", f"{folder}/.installed", f"PYTHON={python}", f"TEST={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0, log.exists()) == (installs, installs)
+    if installs:
+        taken = (folder / "constraints.txt").read_text()
+        assert f"--constraint {folder}/constraints.txt" in log.read_text()
+        assert "torch==2.11.0\n" in taken
+        assert "triton==3.6.0\n" in taken
+        assert "nvidia" not in taken
+    else:
+        assert "no network" in done.stderr
+
+
 def test_without_a_gpu_there_are_the_same_two(made):
     code, sessions = made(gpu=False)
     assert (code, sessions) == (0, made(gpu=True)[1][:2])

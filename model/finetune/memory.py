@@ -6,7 +6,7 @@ from model.architecture import architecture
 from model.config import Config
 from model.device import WIDTHS
 from model.finetune.settings import Settings
-from model.parameters import padded_sizes
+from model.parameters import padded_rows, padded_sizes
 
 #: What to do where there is too little.
 REMEDY = "reduce batch_size or context, use recompute, or train fewer parameters (lora_rank, layers)"
@@ -47,7 +47,7 @@ def training_needs(
     kept, layers = architecture(config).kept(config), config.n_layer
     numbers = config.n_embd * layers + kept if settings.recompute else kept * layers
     activations = width * (tokens * numbers + (formed // layers if settings.recompute else formed))
-    padded = -(-config.vocab_size // 64) * 64
+    padded = padded_rows(config.vocab_size)
     # A chunk of logits, and the gradient of the output matrix in float32.
     loss = on_gpu * (min(_LOGITS, tokens * padded * width // 4) + 4 * padded * config.n_embd)
     return {
