@@ -28,13 +28,13 @@ def test_tensors_on_the_cpu_run_plain_torch(monkeypatch):
     assert found["gelu"]["float16"] == Choice("plain torch", "tensors on the CPU")
     assert found["gelu"]["float64"] == Choice("plain torch", "no kernel computes in 64 bits")
     # As under TRITON_INTERPRET, and as without Triton.
-    monkeypatch.setattr(checks, "_KERNEL_DEVICES", {"cpu"})
+    monkeypatch.setattr(checks, "kernel_devices", {"cpu"})
     found = choices("cpu")
     why = "TRITON_INTERPRET is set: tensors on the CPU of up to 32 bits"
     assert found["gelu"]["float16"] == Choice("Triton kernels", why)
     assert found["gelu"]["float64"].runs == "plain torch"
     assert found["attention"]["float16"].why.endswith("heads up to 256 wide; plain torch runs wider ones")
-    monkeypatch.setattr(checks, "_KERNEL_DEVICES", set())
+    monkeypatch.setattr(checks, "kernel_devices", set())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choices("cpu")["gelu"]["float16"] == Choice("plain torch", "Triton is not installed")
 

@@ -49,7 +49,7 @@ def stand_in(capability: int) -> Iterator[list[Launch]]:
     checked("record", capability)
     if INTERPRETING:
         raise RuntimeError("record: kernels are interpreted in this process; start it without TRITON_INTERPRET")
-    before, driver_here = driver._active, _Driver(capability)
+    before, driver_here = driver._active, Driver(capability)
     driver.set_active(driver_here)
     try:
         yield driver_here.launches
@@ -66,7 +66,7 @@ class _CallLaunchers(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-class _Driver:
+class Driver:
     """What `JITFunction.run` and `CompiledKernel` ask of a driver, and no more."""
 
     def __init__(self, capability: int):

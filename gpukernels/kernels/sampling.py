@@ -212,6 +212,8 @@ def sample_row(
         seen_ptr += row * stride_seen_b
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + row)
+        if step_ptr is not None:
+            next_step = tl.load(step_ptr + row) + 1
     whole = V // BLOCK * BLOCK
 
     best, place = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32)
@@ -275,7 +277,7 @@ def sample_row(
         if length > 0:
             tl.store(lengths_ptr + row, length + 1)
             if step_ptr is not None:
-                tl.store(step_ptr + row, tl.load(step_ptr + row) + 1)
+                tl.store(step_ptr + row, next_step)
             known = tl.maximum(token, 0)
             if penalty_ptr is not None:
                 tl.store(seen_ptr + known, tl.full((), 1, tl.uint8), finite)

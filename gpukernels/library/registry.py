@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from gpukernels.kernels.device import INTERPRETING
+from gpukernels.ops.checks import kernel_devices
 
 _LIBRARY = torch.library.Library("gpukernels", "DEF")
 
@@ -20,7 +20,7 @@ def define(signature: str, *, launch: Callable, plain: Callable, fake: Callable)
 
     Args:
         signature: as torch's schemas have it, "layer_norm(Tensor x, ...) -> (Tensor, Tensor)".
-        launch: the kernels' launcher: runs CUDA tensors, and CPU tensors where Triton interprets.
+        launch: the kernels' launcher: runs CUDA tensors, and CPU tensors where Triton interprets or a GPU is emulated.
         plain: the same in plain torch, for CPU tensors otherwise.
         fake: the results' shapes, dtypes and strides, from tensors without data.
     """
@@ -28,7 +28,7 @@ def define(signature: str, *, launch: Callable, plain: Callable, fake: Callable)
     LAUNCHERS[name] = launch
     _LIBRARY.define(signature)
     _LIBRARY.impl(name, _on_its_device(launch), "CUDA")
-    _LIBRARY.impl(name, launch if INTERPRETING else _as_written(plain), "CPU")
+    _LIBRARY.impl(name, _on_the_cpu(launch, _as_written(plain)), "CPU")
     torch.library.register_fake(f"gpukernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.gpukernels, name).default
 
@@ -115,6 +115,15 @@ def _on_its_device(launch: Callable) -> Callable:
             return launch(*args)
 
     return launch_there
+
+
+def _on_the_cpu(launch: Callable, plain: Callable) -> Callable:
+    """Whether kernels run there is asked at each call, as it is by `gpukernels.ops`."""
+
+    def run(*args):
+        return launch(*args) if "cpu" in kernel_devices else plain(*args)
+
+    return run
 
 
 def _as_written(plain: Callable) -> Callable:

@@ -23,10 +23,11 @@ FLOATS = {"float16", "bfloat16", "float32", "float64"}
 # As Triton reads it; Triton itself is not imported before a tensor needs it.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
-# Tensors without data ("meta") go the way of CUDA's: shapes are what is asked, and launches can be recorded.
-_KERNEL_DEVICES = {"cuda", "meta", "cpu"} if _INTERPRETING else {"cuda", "meta"}
+#: Kinds of devices whose tensors get kernels. Those without data ("meta") go the way of CUDA's: shapes are what is
+#: asked, and launches can be recorded. `gpukernels.emulator` adds "cpu" for a while.
+kernel_devices = {"cuda", "meta", "cpu"} if _INTERPRETING else {"cuda", "meta"}
 if importlib.util.find_spec("triton") is None:  # torch for Windows, for one, comes without it
-    _KERNEL_DEVICES = set()
+    kernel_devices = set()
 
 _NUMPY, _NUMPY_OR_NONE = {np.ndarray}, {np.ndarray, type(None)}
 
@@ -67,7 +68,7 @@ def implementation(op: str, required: dict, **optional) -> ModuleType:
 
 def _torch_side(device: str, wide: bool) -> ModuleType:
     """What runs tensors on this kind of device; wide: one of them has 64 bits."""
-    if device in _KERNEL_DEVICES and not wide:
+    if device in kernel_devices and not wide:
         from gpukernels import library
 
         return library

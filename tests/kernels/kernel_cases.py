@@ -1,5 +1,7 @@
 """What the kernel tests share: where they run, how inputs lie in memory, and how gradients are judged."""
 
+import os
+
 import torch
 from truth import Kind
 
@@ -8,7 +10,9 @@ from gpukernels.verify.compare import backward
 from gpukernels.verify.layouts import LAYOUTS
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu"
-RUNNABLE = INTERPRETING or DEVICE == "cuda"
+#: EMULATE=90: the kernels as they are compiled for this capability, emulated on the CPU (see `gpukernels.emulator`).
+EMULATE = int(os.environ.get("EMULATE") or 0)
+RUNNABLE = INTERPRETING or DEVICE == "cuda" or EMULATE
 
 HALF, BRAIN, SINGLE = (Kind("torch", dtype, DEVICE) for dtype in ("float16", "bfloat16", "float32"))
 KINDS = [HALF, BRAIN, SINGLE]

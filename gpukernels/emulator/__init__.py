@@ -1,0 +1,55 @@
+"""Compiled kernels, run without a GPU: the PTX of each launch is executed on the CPU, thread by thread.
+
+    with emulated(90):  # an H100
+        y = gpukernels.layer_norm(x, weight, bias)  # tensors of the CPU
+
+Triton's interpreter runs a kernel's source; this runs what its compiler made of it for one compute capability, with
+that GPU's tiles: tensor cores, swizzled shared memory, asynchronous copies, TMA. Every access is checked: its
+alignment, its bounds, and whether another thread may touch the same bytes at the same time.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from triton.runtime import driver
+
+from gpukernels.compile_report.chips import checked
+from gpukernels.emulator.launching import EmulatingDriver
+from gpukernels.kernels.device import INTERPRETING
+from gpukernels.ops.checks import kernel_devices
+
+#: Compute capabilities whose tensor cores are written down here.
+CAPABILITIES = (80, 89, 90)
+
+
+@contextlib.contextmanager
+def emulated(capability: int, *, seed: int | None = 0) -> Iterator[EmulatingDriver]:
+    """While this lasts, ops on CPU tensors run as their kernels compiled for this GPU would.
+
+    Args:
+        capability: 80 (A100), 89 (RTX 4090) or 90 (H100).
+        seed: of the errors of approximate instructions, which are drawn within what the PTX ISA allows; None: none.
+
+    Numerics: tensor cores add in float32 and cut off, as they do; ex2, division and the like are off by as much as
+    they may be. Slow: a launch takes seconds. Programs of a launch run in batches, in order.
+
+    Raises:
+        ValueError: another capability.
+        RuntimeError: Triton interprets its kernels in this process (TRITON_INTERPRET=1).
+        MemoryFault: an access outside the launch's arrays, or one that is not aligned.
+        Race: two threads touch the same bytes with nothing between them, and one of them writes.
+    """
+    if checked("emulated", capability) not in CAPABILITIES:
+        raise ValueError(f"emulated: capability must be one of {', '.join(map(str, CAPABILITIES))}, got {capability}")
+    if INTERPRETING:
+        raise RuntimeError("emulated: kernels are interpreted in this process; start it without TRITON_INTERPRET")
+    before, new = driver._active, "cpu" not in kernel_devices
+    ours = EmulatingDriver(capability, seed)
+    driver.set_active(ours)
+    kernel_devices.add("cpu")
+    try:
+        yield ours
+    finally:
+        driver.set_active(before)
+        if new:
+            kernel_devices.discard("cpu")

@@ -1,0 +1,111 @@
+"""A stand-in for Triton's driver that runs what was compiled: PTX, on tensors of the CPU."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gpukernels.compile_report.recording import Driver
+from gpukernels.emulator.code import Code
+from gpukernels.emulator.copies import Descriptor
+from gpukernels.emulator.machine import Machine
+from gpukernels.emulator.memory import GlobalMemory
+from gpukernels.emulator.ptx import parse
+
+#: Threads that run in step: more than that, and the arrays leave the cache.
+_THREADS = 4096
+
+
+class EmulatingDriver(Driver):
+    """Launches run at once, program by program, in batches."""
+
+    def __init__(self, capability: int, seed: int | None = 0):
+        super().__init__(capability)
+        self._number = 2000 + capability
+        self._seed = seed
+        self.ran: dict[str, int] = {}  # launches by kernel
+
+    def get_current_device(self) -> int:
+        return self._number  # Triton keeps compiled kernels by device: those of a recording are not for running
+
+    def launcher_cls(self, source, metadata) -> Callable:
+        text = Path(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")).read_text(encoding="utf-8")
+        code = _code(text)
+
+        def launch(x, y, z, stream, cubin, packed_metadata, launch_metadata, enter, leave, *arguments):
+            current = driver.active  # a kernel compiled in an earlier emulation has an earlier driver's launcher
+            run(code, (x, y, z), source, metadata, arguments, current._seed)
+            current.ran[metadata.name] = current.ran.get(metadata.name, 0) + 1
+
+        return launch
+
+
+@functools.lru_cache(maxsize=256)
+def _code(text: str) -> Code:
+    return Code(parse(text))
+
+
+def run(code: Code, grid, source, metadata, arguments, seed) -> None:
+    """One launch."""
+    programs = grid[0] * grid[1] * grid[2]
+    if not programs:
+        return
+    given = dict(zip(source.fn.arg_names, arguments, strict=True))
+    parameters = list(_parameters(source.signature, given, metadata))
+    for _, kind in code.kernel.parameters[len(parameters) :]:
+        parameters.append(np.uint64(0) if kind.endswith("64") else np.uint32(0))
+    threads = metadata.num_warps * 32
+    memory = GlobalMemory([*_ranges(given.values()), *code.ranges], threads)
+    memory.accesses.between_blocks = not code.has_atomics
+    most = max(1, min(_THREADS // threads, (64 << 20) // max(1, metadata.shared)))
+    if metadata.launch_cooperative_grid:
+        most = programs
+    with np.errstate(all="ignore"):
+        for first in range(0, programs, most):
+            batch = range(first, min(programs, first + most))
+            machine = Machine(threads, batch, grid, parameters, memory, metadata.shared, code.local_bytes, seed)
+            machine.registers = code.registers(machine.count)
+            machine.run(code)
+
+
+def _parameters(signature: dict, given: dict, metadata) -> Iterator:
+    """What the compiled kernel is called with: see `make_launcher` of Triton's driver for CUDA."""
+    described = iter(metadata.tensordesc_meta or ())
+    for name, kind in signature.items():
+        value = given[name]
+        if kind == "constexpr":
+            continue
+        if isinstance(kind, tuple):
+            raise NotImplementedError(f"the tuple {name}")
+        if kind.startswith("tensordesc"):
+            meta = next(described)
+            one = Descriptor(
+                value.base.data_ptr(), tuple(value.shape), tuple(value.strides), tuple(meta["block_size"]),
+                value.base.element_size(), meta["swizzle"],
+            )  # fmt: skip
+            one.check()
+            yield one
+            yield from (np.uint32(each) for each in value.shape)
+            yield from (np.uint64(each) for each in value.strides)
+        elif kind[0] == "*":
+            yield np.uint64(value.data_ptr())
+        elif kind == "fp32":
+            yield np.float32(value).view(np.uint32)
+        elif kind in ("i64", "u64"):
+            yield np.uint64(int(value) % 2**64)
+        else:
+            yield np.uint32(int(value) % 2**32)
+
+
+def _ranges(values) -> Iterator[tuple[int, int]]:
+    for each in values:
+        if isinstance(each, TensorDescriptor):
+            each = each.base
+        if isinstance(each, torch.Tensor):
+            storage = each.untyped_storage()
+            yield storage.data_ptr(), storage.nbytes()
