@@ -32,7 +32,8 @@ def dependent_launches() -> Iterator[None]:
       the end of a step and the new key. They come from the L2 cache: a multiprocessor's own may have a line from
       before.
 
-    Kernels without the flag start when all before them have ended, as ever. For a decode step: by a probe on an
+    Kernels without the flag start when all before them have ended, as ever; so does one that a launcher must copy such
+    an array for first. For a decode step: by a probe on an
     H100, 2026-11-22, 3555 tokens/s instead of 2843, and 5391 where keys and values are loaded early and the tiles
     are tuned. How early the next kernel starts was worth 3 microseconds of 206 there, and is to be measured here.
 

@@ -13,6 +13,7 @@ values are copied to the row that they are for. Where it is not free, the same k
 import contextlib
 import gc
 import importlib.util
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -169,6 +170,10 @@ def _variant(needed: Iterable[str]) -> tuple[str, ...]:
     return drawing + (PENALTY if "seen" in needed else ())
 
 
+# torch waits for the device before it captures, which CUDA forbids while another thread does, and ends both.
+_one_at_a_time = threading.Lock()
+
+
 class CudaCapture:
     """`Capture` by torch, on one stream; the graphs share one pool of memory, as only one runs at a time."""
 
@@ -189,9 +194,9 @@ class CudaCapture:
             cuda.current_stream().wait_stream(stream)
             graph = cuda.CUDAGraph()
             pool, self._pool = self._pool or cuda.graph_pool_handle(), None  # a capture that fails keeps its pool
-            # Other threads may go on using the device meanwhile.
+            # Other threads may go on using the device meanwhile, but for captures.
             options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-            with _no_garbage_collected(), capturing(graph, **options):
+            with _one_at_a_time, _no_garbage_collected(), capturing(graph, **options):
                 result = function()
             self._pool = pool
         return graph.replay, result

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 import types
 
 import pytest
@@ -84,6 +85,23 @@ def test_what_is_left_alone_is_not_collected_into_a_graph(cuda):
     CudaCapture(torch.device("cuda:0"))(step)
     gc.collect()
     assert released == [False, False]
+    assert gc.isenabled()
+
+
+def test_two_threads_capture_one_after_the_other(cuda):
+    device, asked = torch.device("cuda:0"), threading.Event()
+    other = threading.Thread(target=lambda: CudaCapture(device)(asked.set))
+
+    def step():
+        if cuda.captures:
+            other.start()
+            assert asked.wait(10)
+            other.join(0.2)  # it has run its function, and would capture by now
+            cuda.log.append("captured")
+
+    CudaCapture(device)(step)
+    other.join()
+    assert cuda.log == ["capture into a pool", "captured", "capture into another"]
     assert gc.isenabled()
 
 

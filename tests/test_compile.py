@@ -50,6 +50,45 @@ def test_a_vocabulary_of_one_word_is_sampled():
     assert launch.kernel == "_sample_kernel"
 
 
+#: By op, its arrays of a single element: floats with so many dimensions, integers with so many; other options.
+SINGLE = {
+    "layer_norm": ({"x": 2, "weight": 1, "bias": 1, "residual": 2}, {}, {}),
+    "rms_norm": ({"x": 2, "weight": 1}, {}, {}),
+    "linear": ({"x": 2, "weight": 2, "bias": 1, "residual": 2}, {}, {"activation": "gelu_new"}),
+    "norm_linear": ({"x": 2, "norm_weight": 1, "norm_bias": 1, "weight": 2, "bias": 1}, {}, {}),
+    "matmul": ({"a": 3, "b": 3}, {}, {}),
+    "attention": ({"q": 4, "k": 4, "v": 4}, {"lengths": 1, "documents": 2}, {"window": 1}),
+    "packed_attention": ({"qkv": 5}, {}, {}),
+    "decode_attention": ({"q": 3, "k": 4, "v": 4}, {"lengths": 1}, {"window": 1}),
+    "cached_attention": (dict.fromkeys(("q", "k", "v", "keys", "values"), 4), {"lengths": 1}, {"window": 1}),
+    "gelu": ({"x": 2}, {}, {}),
+    "swiglu": ({"gate": 2, "up": 2}, {}, {}),
+    "embedding": ({"weight": 2, "position_weight": 2}, {"ids": 2, "positions": 2}, {}),
+    "cross_entropy": ({"logits": 2}, {"targets": 1}, {"label_smoothing": 0.1}),
+    "linear_cross_entropy": ({"hidden": 2, "weight": 2}, {"targets": 1}, {}),
+}
+
+
+@pytest.mark.parametrize("op", SINGLE)
+def test_sizes_of_1_are_compiled_forward_and_backward(op):
+    """As above."""
+    floats, integers, options = SINGLE[op]
+    gradient = op not in ("decode_attention", "cached_attention")
+    given = {name: meta(*[1] * n, grad=gradient) for name, n in floats.items()}
+    if op == "packed_attention":
+        given["qkv"] = meta(1, 1, 3, 1, 1)
+    given |= {name: meta(*[1] * n, dtype=torch.int32, grad=False) for name, n in integers.items()}
+
+    def run():
+        with torch.no_grad():
+            getattr(gpukernels, op)(**given, **options)
+        if gradient:
+            results = getattr(gpukernels, op)(**given, **options)
+            backward(results if isinstance(results, tuple) else [results], [given[name] for name in floats])
+
+    assert record(run, capability=90)
+
+
 def test_every_kernel_is_compiled():
     written = {
         node.name

@@ -9,10 +9,11 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from bench import cost_card
-from gpukernels import cached_attention, rope, swiglu
+from gpukernels import cached_attention, decode_attention, rms_norm, rope, swiglu
 from gpukernels.compile_report import CHIPS, record
 from gpukernels.compile_report.cost import cost
 from gpukernels.compile_report.recording import _CallLaunchers, stand_in
+from gpukernels.kernels.few_rows import few_rows
 from gpukernels.launches import dependent_launches
 from gpukernels.library.registry import LAUNCHERS
 from model.decoder import Decoder
@@ -156,6 +157,39 @@ def test_swiglu_and_rope_let_the_next_kernel_start_and_wait(capability):
         listing = launch.compiled.listing
         (wait,), (trigger,) = ([i for i, name in enumerate(listing) if name == each] for each in ("ACQBULK", "PREEXIT"))
         assert trigger < wait < min(i for i, name in enumerate(listing) if name.startswith("LDG"))
+
+
+def dependent(**strides: int) -> dict[str, bool]:
+    """By kernel, whether it is a dependent one; strides: those of neighbours, where they are more than 1."""
+
+    def meta(name, *shape, dtype=torch.float16):
+        return torch.empty((*shape, strides.get(name, 1)), dtype=dtype, device="meta")[..., 0]
+
+    x, weight, norm_weight, bias = meta("x", 2, 768), meta("weight", 768, 768), meta("norm", 768), meta("bias", 768)
+    q, keys, lengths = meta("q", 2, 12, 64), meta("keys", 2, 1024, 12, 64), meta("lengths", 2, dtype=torch.int32)
+
+    def launch():
+        few_rows(x, weight, bias, norm=(norm_weight, None, 1e-5, True))
+        rms_norm(x, norm_weight)
+        decode_attention(q, keys, keys, lengths)
+
+    with dependent_launches():
+        return {each.kernel: each.arguments["DEPENDENT"] for each in record(launch, capability=90)}
+
+
+PRODUCT, NORM, ATTENTION = "_few_rows_kernel", "_norm_forward_kernel", "_decode_head_kernel"
+
+
+def test_a_kernel_waits_for_the_copy_of_what_it_loads_early(monkeypatch):
+    """By an ordinary launch: programs of the copy that have ended let a dependent kernel start, and not see it."""
+    every = dict.fromkeys((PRODUCT, NORM, ATTENTION), True)
+    assert dependent() == every
+    assert dependent(x=2, weight=2, q=2) == every  # not loaded early, or not copied
+    assert dependent(norm=2) == every | {PRODUCT: False, NORM: False}
+    assert dependent(bias=2) == every | {PRODUCT: False}
+    assert dependent(keys=2) == dependent(lengths=2) == every | {ATTENTION: False}
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")  # which casts weights
+    assert dependent() == dict.fromkeys(every, False)
 
 
 @pytest.mark.parametrize("vocabulary", [27, 50257])

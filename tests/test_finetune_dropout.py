@@ -1,5 +1,7 @@
 """Dropout: where transformers drops, from draws that the step fixes."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,30 @@ def test_every_pass_draws_its_own_and_leaves_torchs_stream_alone(lm):
     run = trainer(lm, documents(8), dropout=SHARE, epochs=1)
     run.run(quiet_log())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_streams_of_other_gpus_are_left_alone(monkeypatch):
+    """torch's own `manual_seed` seeds every GPU's, and only the one that draws gets its stream back."""
+    saved, current, seeded = [], [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: saved.append(devices) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeded.append((seed, *current)))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("every GPU was seeded"))
+    state, gpu = torch.get_rng_state(), torch.device("cuda:1")
+    with drawn(CPU, SEED):
+        wanted = torch.initial_seed()
+    with drawn(gpu, SEED):
+        assert torch.initial_seed() == wanted
+    assert saved == [[], [gpu]]
+    assert seeded == [(wanted, gpu)]
+    torch.set_rng_state(state)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1, float("nan"), "0.1", True])

@@ -6,6 +6,7 @@ there is no driver: then the GPU is `INTERPRETED`, small, so that persistent ker
 """
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,22 @@ def _gpu(device: int) -> Gpu:
     return Gpu(int(active.get_current_target().arch), properties["multiprocessor_count"])
 
 
-def dependent_launch() -> dict[str, Any]:
-    """The launch options of a kernel with the flag DEPENDENT: see `gpukernels.launches`."""
-    if are_dependent() and (INTERPRETING or gpu().capability >= 90):
+def dependent_launch(given: tuple = (), early: tuple = ()) -> dict[str, Any]:
+    """The launch options of a kernel with the flag DEPENDENT: see `gpukernels.launches`.
+
+    Where one of the arrays was copied right in front, for its strides or by autocast, the launch is not dependent:
+    a kernel may start when the programs in front of it have ended, and see what they wrote only behind its wait.
+
+    Args:
+        given: the arrays that the kernel loads before it waits, as the caller gave them.
+        early: the same as the kernel gets them.
+    """
+    if (
+        are_dependent()
+        and (INTERPRETING or gpu().capability >= 90)
+        and all(map(operator.is_, given, early))
+        and not torch.is_autocast_enabled("cuda")
+    ):
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
 

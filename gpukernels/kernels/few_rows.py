@@ -313,11 +313,11 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None)
     eps, center = 0.0, False
     if norm is not None:
         norm_weight, norm_bias, eps, center = norm
-        norm_weight, norm_bias = norm_weight.contiguous(), None if norm_bias is None else norm_bias.contiguous()
         if not tile.fused:
             x = norm_forward(x, norm_weight, norm_bias, None, eps, center=center)[0]
             norm_weight = norm_bias = None
-    bias = None if bias is None else bias.contiguous()
+    given = (norm_weight, norm_bias, bias)
+    norm_weight, norm_bias, bias = early = tuple(None if each is None else each.contiguous() for each in given)
     residual = None if residual is None else rows(residual)
     pieces = max(1, cdiv(K, tile.num_warps * 32))
     each = cdiv(pieces, tile.PASSES)
@@ -330,6 +330,6 @@ def few_rows(x, weight, bias=None, *, norm=None, activation=None, residual=None)
         K=K, BLOCK_N=tile.BLOCK_N, WARPS=tile.num_warps,
         PIECES=each, PASSES=passes, CENTER=center, ACTIVATION=activation,
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=1024 // tile.num_warps if half else None,
-        **dependent_launch(),
+        **dependent_launch(given, early),
     )  # fmt: skip
     return y

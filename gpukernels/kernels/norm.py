@@ -332,8 +332,9 @@ def norm_forward(x, weight, bias, residual, eps, *, center):
     mean = torch.empty(M if center else 0, dtype=torch.float32, device=x.device)
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
     residual = None if residual is None else rows(residual)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    arrays = (x, residual, weight, bias, y, total, mean, rstd)
+    given = (weight, bias)
+    early = (weight.contiguous(), None if bias is None else bias.contiguous())
+    arrays = (x, residual, *early, y, total, mean, rstd)
     strides = (x.stride(0), 0 if residual is None else residual.stride(0))
     tile = norm_forward_tile(N, x.element_size())
     pieces = cdiv(N, tile.BLOCK_N)
@@ -341,7 +342,7 @@ def norm_forward(x, weight, bias, residual, eps, *, center):
         _norm_forward_kernel[(cdiv(M, tile.BLOCK_M),)](
             *arrays, M, N, *strides, eps,
             BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, PIECES=max(1, pieces), WHOLE=N // tile.BLOCK_N, CENTER=center,
-            num_warps=tile.num_warps, **dependent_launch(),
+            num_warps=tile.num_warps, **dependent_launch(given, early),
         )  # fmt: skip
     else:
         _norm_forward_wide_kernel[(M,)](

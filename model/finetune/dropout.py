@@ -20,5 +20,8 @@ def drawn(device: torch.device, *place: int) -> Iterator[None]:
     """
     (seed,) = np.random.SeedSequence(place).generate_state(1, np.uint64)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(seed))
+        torch.default_generator.manual_seed(int(seed))  # `torch.manual_seed` would move those of all GPUs
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(int(seed))
         yield

@@ -288,6 +288,7 @@ def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None,
         arrivals: (B, H) int32 zeros, which are zeros again afterwards; None: made here.
     """
     (B, H, D), (S, Hkv) = q.shape, k.shape[1:3]
+    given = (k, v, lengths)
     q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
     lengths = lengths.contiguous()
     group, BLOCK_D = H // Hkv, max(16, triton.next_power_of_2(D))
@@ -312,7 +313,7 @@ def decode_attention(q, k, v, lengths, window, scale, *, new_k=None, new_v=None,
     arguments = (q, new_k, new_v, k, v, lengths, acc, stats, arrivals, out, Hkv, S, window, scale / math.log(2))
     strides = (*q.stride()[:2], *new_strides, *k.stride()[:3], *v.stride()[:3])
     tile = {"SPLITS": SPLITS, "GROUP": group, "D": D, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
-    tile |= {"BLOCK_P": triton.next_power_of_2(SPLITS), **dependent_launch()}
+    tile |= {"BLOCK_P": triton.next_power_of_2(SPLITS), **dependent_launch(given, (k, v, lengths))}
     if shared:
         _decode_group_kernel[(B * Hkv, splits, cdiv(group, _GROUP))](*arguments, *strides, BLOCK_G=_GROUP, **tile)
     else:
