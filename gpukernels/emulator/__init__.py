@@ -23,12 +23,19 @@ CAPABILITIES = (80, 89, 90)
 
 
 @contextlib.contextmanager
-def emulated(capability: int, *, seed: int | None = 0) -> Iterator[EmulatingDriver]:
+def emulated(
+    capability: int, *, seed: int | None = 0, multiprocessors: int | None = None
+) -> Iterator[EmulatingDriver]:
     """While this lasts, ops on CPU tensors run as their kernels compiled for this GPU would.
 
     Args:
         capability: 80 (A100), 89 (RTX 4090) or 90 (H100).
         seed: of the errors of approximate instructions, which are drawn within what the PTX ISA allows; None: none.
+
+        multiprocessors: how many the GPU has; default as many as that chip. With a few, programs that take one tile
+            after the other do so at small sizes too.
+
+    Yields the driver, whose `ran` counts launches by kernel.
 
     Numerics: tensor cores add in float32 and cut off, as they do; ex2, division and the like are off by as much as
     they may be. Slow: a launch takes seconds. Programs of a launch run in batches, in order.
@@ -44,7 +51,7 @@ def emulated(capability: int, *, seed: int | None = 0) -> Iterator[EmulatingDriv
     if INTERPRETING:
         raise RuntimeError("emulated: kernels are interpreted in this process; start it without TRITON_INTERPRET")
     before, new = driver._active, "cpu" not in kernel_devices
-    ours = EmulatingDriver(capability, seed)
+    ours = EmulatingDriver(capability, seed, multiprocessors)
     driver.set_active(ours)
     kernel_devices.add("cpu")
     try:

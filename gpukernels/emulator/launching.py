@@ -24,14 +24,19 @@ _THREADS = 4096
 class EmulatingDriver(Driver):
     """Launches run at once, program by program, in batches."""
 
-    def __init__(self, capability: int, seed: int | None = 0):
+    def __init__(self, capability: int, seed: int | None, multiprocessors: int | None):
         super().__init__(capability)
-        self._number = 2000 + capability
+        self._multiprocessors = multiprocessors
+        self._number = 2000 + capability + 1000 * (multiprocessors or 0)
         self._seed = seed
         self.ran: dict[str, int] = {}  # launches by kernel
 
     def get_current_device(self) -> int:
         return self._number  # Triton keeps compiled kernels by device: those of a recording are not for running
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        known = super().get_device_properties(device)
+        return known if self._multiprocessors is None else known | {"multiprocessor_count": self._multiprocessors}
 
     def launcher_cls(self, source, metadata) -> Callable:
         text = Path(get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")).read_text(encoding="utf-8")
