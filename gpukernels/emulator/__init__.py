@@ -23,9 +23,7 @@ CAPABILITIES = (80, 89, 90)
 
 
 @contextlib.contextmanager
-def emulated(
-    capability: int, *, seed: int | None = 0, multiprocessors: int | None = None
-) -> Iterator[EmulatingDriver]:
+def emulated(capability: int, *, seed: int | None = 0, multiprocessors: int | None = None) -> Iterator[EmulatingDriver]:
     """While this lasts, ops on CPU tensors run as their kernels compiled for this GPU would.
 
     Args:

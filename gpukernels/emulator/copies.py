@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpukernels.emulator.barrier import Barrier
 from gpukernels.emulator.memory import SHARED_BASE, UINTS, MemoryFault
 from gpukernels.emulator.tensor_cores import swizzled
 from gpukernels.emulator.writer import PARAMETER_BASE, PARAMETER_STEP
@@ -93,8 +94,6 @@ def store_tile(machine, mask, addresses, starts, targets) -> None:
 
 
 def start(machine, mask, addresses, count: int) -> None:
-    from gpukernels.emulator.machine import Barrier
-
     for i in _each(machine, mask):
         if addresses[i] % 8 or addresses[i] < SHARED_BASE:
             raise MemoryFault("an mbarrier is not aligned to 8 bytes")

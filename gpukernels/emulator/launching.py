@@ -1,7 +1,7 @@
 """A stand-in for Triton's driver that runs what was compiled: PTX, on tensors of the CPU."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from gpukernels.emulator.machine import Machine
 from gpukernels.emulator.memory import GlobalMemory
 from gpukernels.emulator.ptx import parse
 
-#: Threads that run in step: more than that, and the arrays leave the cache.
-_THREADS = 4096
+# What runs in step at a time, at most: threads, so that their registers stay in a cache, and bytes of shared memory.
+_THREADS, _SHARED = 4096, 64 << 20
 
 
 class EmulatingDriver(Driver):
@@ -44,7 +44,7 @@ class EmulatingDriver(Driver):
 
         def launch(x, y, z, stream, cubin, packed_metadata, launch_metadata, enter, leave, *arguments):
             current = driver.active  # a kernel compiled in an earlier emulation has an earlier driver's launcher
-            run(code, (x, y, z), source, metadata, arguments, current._seed)
+            _run(code, (x, y, z), source, metadata, arguments, current._seed)
             current.ran[metadata.name] = current.ran.get(metadata.name, 0) + 1
 
         return launch
@@ -55,25 +55,51 @@ def _code(text: str) -> Code:
     return Code(parse(text))
 
 
-def run(code: Code, grid, source, metadata, arguments, seed) -> None:
-    """One launch."""
-    programs = grid[0] * grid[1] * grid[2]
-    if not programs:
-        return
+def _run(code: Code, grid: tuple[int, int, int], source, metadata, arguments, seed: int | None) -> None:
     given = dict(zip(source.fn.arg_names, arguments, strict=True))
-    parameters = list(_parameters(source.signature, given, metadata))
-    for _, kind in code.kernel.parameters[len(parameters) :]:
-        parameters.append(np.uint64(0) if kind.endswith("64") else np.uint32(0))
-    threads = metadata.num_warps * 32
-    memory = GlobalMemory([*_ranges(given.values()), *code.ranges], threads)
+    execute(
+        code, grid, metadata.num_warps * 32, list(_parameters(source.signature, given, metadata)),
+        _ranges(given.values()), shared=metadata.shared, seed=seed, together=metadata.launch_cooperative_grid,
+    )  # fmt: skip
+
+
+def execute(
+    code: Code,
+    grid: tuple[int, int, int],
+    threads: int,
+    parameters: list,
+    ranges: Iterable[tuple[int, int]],
+    *,
+    shared: int = 0,
+    seed: int | None = None,
+    together: bool = False,
+) -> None:
+    """One launch of a kernel.
+
+    Args:
+        grid: programs in x, y and z.
+        threads: of a program, whole warps.
+        parameters: unsigned integers of NumPy by the bits of each, and `Descriptor`s; those that are missing are 0.
+        ranges: addresses and sizes of what it may touch.
+        shared: bytes of shared memory.
+        seed: as in `emulated`.
+        together: whether programs wait for one another, so that all must run at once.
+
+    Raises:
+        MemoryFault, Race: as `emulated` does.
+    """
+    programs = grid[0] * grid[1] * grid[2]
+    kinds = [kind for _, kind in code.kernel.parameters[len(parameters) :]]
+    parameters = parameters + [np.uint64(0) if kind.endswith("64") else np.uint32(0) for kind in kinds]
+    memory = GlobalMemory([*ranges, *code.ranges], threads)
     memory.accesses.between_blocks = not code.has_atomics
-    most = max(1, min(_THREADS // threads, (64 << 20) // max(1, metadata.shared)))
-    if metadata.launch_cooperative_grid:
-        most = programs
-    with np.errstate(all="ignore"):
-        for first in range(0, programs, most):
-            batch = range(first, min(programs, first + most))
-            machine = Machine(threads, batch, grid, parameters, memory, metadata.shared, code.local_bytes, seed)
+    batch = programs if together else max(1, min(_THREADS // threads, _SHARED // max(1, shared)))
+    with np.errstate(all="ignore"):  # infinities and NaN are as good as other numbers
+        for first in range(0, programs, batch):
+            machine = Machine(
+                threads, range(first, min(programs, first + batch)), grid, parameters, memory, shared=shared,
+                local=code.local_bytes, seed=seed,
+            )  # fmt: skip
             machine.registers = code.registers(machine.count)
             machine.run(code)
 

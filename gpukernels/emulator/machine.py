@@ -5,28 +5,33 @@ Threads that branch apart go on in turns, those that are furthest behind first, 
 
 import numpy as np
 
-from gpukernels.emulator.memory import SHARED_BASE, UINTS, GlobalMemory, SharedMemory
+from gpukernels.emulator.barrier import Barrier
+from gpukernels.emulator.memory import UINTS, GlobalMemory, SharedMemory
 from gpukernels.emulator.values import Approximate
 
 _SPINS = 64  # so often a group of threads may run the same block, until others get a turn
-_ENDLESS = 20_000
+_ENDLESS = 200_000
 
 
 class Machine:
     """`blocks` programs of a launch at once."""
 
-    def __init__(self, threads: int, programs, grid, parameters, memory: GlobalMemory, shared: int, local: int, seed):
-        programs = np.asarray(programs)
-        self.blocks, self.threads = len(programs), threads
+    def __init__(
+        self, threads: int, programs: range, grid: tuple[int, int, int], parameters: list, memory: GlobalMemory, *,
+        shared: int, local: int, seed: int | None,
+    ):  # fmt: skip
+        """shared, local: bytes of a block and of a thread; the rest as in `execute`."""
+        numbers = np.arange(programs.start, programs.stop)
+        self.blocks, self.threads = len(numbers), threads
         self.count = self.blocks * threads
         self.parameters = parameters
         self.memory = memory
         self.shared = SharedMemory(self.blocks, shared)
         self.block = np.repeat(np.arange(self.blocks), threads)
-        self.who = np.repeat(programs.astype(np.int64) * threads, threads) + np.tile(np.arange(threads), self.blocks)
+        self.who = np.repeat(numbers * threads, threads) + np.tile(np.arange(threads), self.blocks)
         self.epochs = np.zeros(self.count, np.int32)  # barriers that each thread's block has passed
         thread = np.tile(np.arange(threads, dtype=np.uint32), self.blocks)
-        at = np.repeat(programs, threads).astype(np.uint32)
+        at = np.repeat(numbers, threads).astype(np.uint32)
         gx, gy, gz = (np.uint32(each) for each in grid)
         full = lambda value: np.full(self.count, value, np.uint32)  # noqa: E731
         self.special = {
@@ -38,7 +43,7 @@ class Machine:
         }  # fmt: skip
         self.local = np.full((self.count, -(-local // 8) * 8), 0xFF, np.uint8)
         self.local_views = {size: self.local.reshape(-1).view(kind) for size, kind in UINTS.items()}
-        self.barriers: dict[tuple[int, int], Barrier] = {}
+        self.barriers: dict[tuple[int, int], Barrier] = {}  # by block and address
         self.pending: list[list] = [[]]  # groups of copies to shared memory that nobody has waited for
         self.approximate = Approximate(seed)
         self.carry = np.zeros(self.count, np.uint64)
@@ -160,9 +165,10 @@ class Machine:
         """`redux.sync` over the lanes whose bits are set in `members`."""
         rows, members = x.reshape(-1, 32), members.reshape(-1, 32)
         inside = (members[:, :1] >> np.arange(32, dtype=np.uint32)) & 1 == 1
-        absent = ~inside if mask is None else inside & ~mask.reshape(-1, 32)
-        if mask is not None and (absent.any(1) & mask.reshape(-1, 32).any(1)).any():
-            raise RuntimeError("lanes that are to be added up do not run")
+        if mask is not None:
+            runs = mask.reshape(-1, 32)
+            if (inside & ~runs & runs.any(1)[:, None]).any():
+                raise RuntimeError("lanes that are to be put together do not run")
         info = np.iinfo(x.dtype)
         nothing, function = {"add": (0, np.add), "max": (info.min, np.maximum), "min": (info.max, np.minimum)}[kind]
         found = function.reduce(np.where(inside, rows, x.dtype.type(nothing)), axis=1, dtype=x.dtype)
@@ -237,30 +243,3 @@ class Machine:
             else:
                 pc[mask] = here + 1
                 pc[mask if guard is None else guard] = target
-
-
-class Barrier:
-    """An mbarrier in shared memory: a phase ends when all have arrived and all bytes have come."""
-
-    def __init__(self, count: int):
-        self.count = self.left = count
-        self.bytes = 0
-        self.phase = 0
-
-    def arrive(self, expected: int = 0) -> None:
-        self.left -= 1
-        self.bytes += expected
-        self._end()
-
-    def come(self, size: int) -> None:
-        self.bytes -= size
-        self._end()
-
-    def _end(self) -> None:
-        if self.left == 0 and self.bytes == 0:
-            self.phase += 1
-            self.left = self.count
-
-
-def shared_offset(address: int) -> int:
-    return int(address) - SHARED_BASE

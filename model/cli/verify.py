@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,12 @@ def verify(
         list[str] | None,
         typer.Option(help="float16, bfloat16 or float32; may be given again. Default: all.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, or cpu for the NumPy implementation.")] = "cuda",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cuda, cuda:1, cpu for the NumPy implementation, or sm_80, sm_89, sm_90 to emulate such a GPU."
+        ),
+    ] = "cuda",
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes only.")] = False,
     processes: Annotated[
         int | None,
@@ -32,9 +38,9 @@ def verify(
     """Compare every op with float64 over hard shapes and values; exit code 1 if an error is beyond its bound.
 
     An error of 1 is as large as rounding can explain. Runs on a GPU, with TRITON_INTERPRET=1 in Triton's
-    interpreter, and with --device cpu on NumPy.
+    interpreter, with --device cpu on NumPy, and with --device sm_90 without a GPU as its code was compiled for one.
     """
-    where, name = _device(device)
+    where, name, capability = _device(device)
     from gpukernels.verify import DTYPES, OPS, dtypes_of, gather
 
     for option, given, known in (("--op", op, OPS), ("--dtype", dtype, DTYPES)):
@@ -48,7 +54,7 @@ def verify(
     by_op: dict[str, list] = {}
     with progress_bar() as bar:
         task = bar.add_task("verifying", total=len(ops))
-        for each, verdicts in gather(ops, kinds, where, quick=quick, processes=processes):
+        for each, verdicts in gather(ops, kinds, where, quick=quick, processes=processes, capability=capability):
             by_op[each] = verdicts
             bar.update(task, advance=1, description=each)
     found = [verdict for each in ops for verdict in by_op[each]]
@@ -64,33 +70,45 @@ def verify(
         raise typer.Exit(1)
 
 
-def _device(device: str) -> tuple[Any, str]:
-    """The device to verify on, None for NumPy, and its name."""
+def _device(device: str) -> tuple[Any, str, int | None]:
+    """The device to verify on, None for NumPy, its name, and the capability of one that is emulated."""
     kind, _, index = device.partition(":")
-    if device not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()):
-        raise ModelError(f"--device must be cuda, cuda:1 (or another number), or cpu, got {device!r}")
+    emulated = re.fullmatch(r"sm_(\d+)", device)
+    if device not in ("cpu", "cuda") and not (kind == "cuda" and index.isdecimal()) and not emulated:
+        raise ModelError(f"--device must be cuda, cuda:1 (or another number), cpu, or sm_90, got {device!r}")
     if importlib.util.find_spec("torch") is None:
         raise ModelError("verify: torch, which makes the inputs, is not installed: pip install 'gpukernels[train]'")
     import torch
 
     if device == "cpu":
-        return None, "NumPy on the CPU"
+        return None, "NumPy on the CPU", None
     if importlib.util.find_spec("triton") is None:
         raise ModelError("verify: Triton is not installed; --device cpu verifies the NumPy implementation")
     import triton
 
+    if emulated:
+        from gpukernels.compile_report.chips import CHIPS
+        from gpukernels.emulator import CAPABILITIES
+
+        capability = int(emulated[1])
+        if capability not in CAPABILITIES:
+            known = ", ".join(f"sm_{each}" for each in CAPABILITIES)
+            raise ModelError(f"--device: what can be emulated is {known}, got {device!r}")
+        if triton.knobs.runtime.interpret:
+            raise ModelError(f"--device {device} runs compiled kernels, and TRITON_INTERPRET is set: unset it")
+        return torch.device("cpu"), f"an emulated {CHIPS[capability].name} ({device})", capability
     if triton.knobs.runtime.interpret:
-        return torch.device("cpu"), "Triton's interpreter on the CPU"
+        return torch.device("cpu"), "Triton's interpreter on the CPU", None
     reason = why_no_cuda()
     if reason:
         raise ModelError(
-            f"verify: {reason}; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, "
-            "and --device cpu verifies the NumPy implementation"
+            f"verify: {reason}; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, --device sm_90 emulates "
+            "an H100, and --device cpu verifies the NumPy implementation"
         )
     number = int(index or 0)
     if number >= torch.cuda.device_count():
         raise ModelError(f"--device {device}: torch sees {torch.cuda.device_count()} GPU(s)")
-    return torch.device("cuda", number), torch.cuda.get_device_name(number)
+    return torch.device("cuda", number), torch.cuda.get_device_name(number), None
 
 
 def _print(found: list, name: str, console: Console) -> None:
