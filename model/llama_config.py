@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from gpukernels.numbers import finite
 from model.contract import (
     Contract,
     Rule,
     as_ids,
     epsilon,
     is_int,
-    is_number,
     one_of,
     shown,
     size,
@@ -255,7 +255,7 @@ def _read_rope(values: dict[str, Any], name: str) -> tuple[Rope, list[str]]:
     fields: dict[str, Any] = {"rope_type": kind}
     for each in ("rope_theta", *_ROPE_KEYS[kind]):
         value, whole = given.get(each), each == "original_max_position_embeddings"
-        right = is_int(value) if whole else is_number(value) and math.isfinite(value)
+        right = finite(value) and (is_int(value) or not whole)
         if not right or value <= 0:
             wanted = "a whole number above 0" if whole else "a number above 0"
             got = shown(value) if each in given else "nothing"

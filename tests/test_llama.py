@@ -116,6 +116,12 @@ WRONG = [
     ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object or null"),
     ("llama", {"rope_theta": 0}, "rope_theta of default rotary positions must be a number above 0, got 0"),
     ("llama", {"rope_theta": math.inf}, "rope_theta of default rotary positions"),
+    ("llama", {"rope_theta": 10**400}, "rope_theta of default rotary positions must be a number above 0, got 1000"),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}},
+        "original_max_position_embeddings of llama3 rotary positions must be a whole number above 0, got 1000",
+    ),
     (
         "llama",
         {"rope_scaling": {"type": "linear"}},
