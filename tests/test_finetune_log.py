@@ -89,6 +89,24 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
         read(tmp_path / "log.jsonl")
 
 
+@pytest.mark.parametrize("line", ['{"step": 1}', '{"kind": 5, "step": 1}', '{"kind": "step", "step": true}'])
+def test_a_line_without_kind_or_step_is_no_record_and_does_not_stay(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"kind": "step", "step": 1}}\n{line}\n')
+    with pytest.raises(DataError, match="line 2 is not a record"):
+        read(tmp_path / "log.jsonl")
+    with Log(tmp_path, total=9, done=1, console=QUIET):
+        pass
+    assert [each["step"] for each in read(tmp_path / "log.jsonl")] == [1]
+
+
+@needs_matplotlib
+def test_a_loss_that_is_no_number_is_not_drawn(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "step", "step": 1, "loss": "a"}\n')
+    with Log(tmp_path, total=9, done=1, console=QUIET) as log:
+        train(log, 2, start=1)
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
 def test_an_error_of_training_closes_the_log(tmp_path):
     page = io.StringIO()
 
