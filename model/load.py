@@ -7,6 +7,7 @@ one error. `fill` then allocates each parameter once and reads each tensor strai
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from model.checkpoint import TensorEntry, read_entries
 from model.config import Config, read_config
 from model.device import Device
 from model.errors import CheckpointError, ModelError
-from model.files import read_json
+from model.files import as_path, read_json
 from model.host_upload import CHUNK
 from model.names import HEAD, map_names
 from model.parameters import Parameters, Slot
@@ -75,12 +76,8 @@ def locate(
     What exists on disk comes first, then `tiny-gpt2`, then the Hub (its cache, then the network). With `outline`,
     an empty folder, a model that is not cached is not downloaded: see `model.hub.fetch`.
     """
-    try:
-        path = Path(source).expanduser()
-        there = path.exists()
-    except (OSError, RuntimeError, ValueError) as fault:
-        raise CheckpointError(f"{source}: cannot be a path: {getattr(fault, 'strerror', None) or fault}") from None
-    if there:
+    path = as_path("source", source, CheckpointError)
+    if os.path.exists(path):  # False where a link leads into what may not be read
         if path.is_file() and path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: must be a folder or a .safetensors file")
         return path

@@ -60,7 +60,6 @@ def save(
     Raises CheckpointError where the target cannot be written, and for a single file beside the
     `config.json` of another model.
     """
-    target = _checked(target)
     single = target.suffix == ".safetensors"
     place = target.parent if single else target
     weights = target if single else target / WEIGHTS_NAME
@@ -92,19 +91,6 @@ def save(
             (place / INDEX_NAME).unlink(missing_ok=True)
     except OSError as fault:
         raise CheckpointError(f"{fault.filename or place}: cannot be written: {fault.strerror or fault}") from None
-
-
-def _checked(target: Path) -> Path:
-    """`target`, with ~ for the home folder as `model.load` has it; CheckpointError for what can be no path."""
-    try:
-        target = target.expanduser()
-        os.lstat(target)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, RuntimeError, ValueError) as fault:
-        why = getattr(fault, "strerror", None) or fault
-        raise CheckpointError(f"{target}: cannot be written: {why}") from None
-    return target
 
 
 def _config_json(config: Config, parameters: Parameters, values: dict[str, Any]) -> dict[str, Any]:

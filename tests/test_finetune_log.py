@@ -205,6 +205,13 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("given", ["wandb", None, 5, [5], [None]], ids=str)
+def test_what_is_no_list_of_trackers_is_refused(tmp_path, given):
+    with pytest.raises(ModelError, match=r"tracker(s must be a list| must be a name, or an object with log and close)"):
+        Log(tmp_path / "run", total=1, trackers=given, console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_name_that_is_no_tracker_is_refused(tmp_path):
     with pytest.raises(ModelError, match="one of tensorboard, wandb, got 'mlflow'"):
         Log(tmp_path, total=1, trackers=["mlflow"], console=QUIET)
