@@ -169,6 +169,25 @@ def test_a_config_that_no_file_could_hold_is_refused(changes, said):
     assert said in str(fault.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "unused"),
+    [
+        ("rope_parameters", {"rope_type": "default", "factor": 8.0}, "default rotary positions do not use: factor"),
+        (
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0, "mscale": 1.0},
+            "linear rotary positions do not use: mscale",
+        ),
+        ("rope_parameters", {"full_attention": {"rope_type": "linear"}}, "not use: full_attention"),
+    ],
+    ids=str,
+)
+def test_keys_that_rotary_positions_do_not_use_are_said_once(key, value, unused):
+    (notice,) = read({"model_type": "llama", key: value})[1]
+    assert notice.startswith(f"config.json: keys of {key} that ")
+    assert notice.endswith(unused)
+
+
 def test_keys_that_only_the_other_of_the_two_has_are_said_once():
     assert "sliding_window" in read({"model_type": "llama", "sliding_window": 7})[1][0]
     config, (notice,) = read({"model_type": "mistral", "attention_bias": True})
