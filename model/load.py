@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gpukernels.cast import FORMATS, Losses
+from gpukernels.cast import FORMATS, Losses, cast
 from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_entries
 from model.config import Config, read_config
@@ -182,17 +182,27 @@ def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEn
 
 
 def _equal(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors have the same bytes, compared a chunk at a time."""
-    if a.dtype != b.dtype or a.nbytes != b.nbytes:
+    """Whether two tensors of one shape have the same values, compared a chunk at a time."""
+    if a.dtype != b.dtype and not {a.dtype, b.dtype} <= FORMATS.keys():
         return False
     with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
         file_a.seek(a.offset)
         file_b.seek(b.offset)
-        for start in range(0, a.nbytes, CHUNK):
-            size = min(CHUNK, a.nbytes - start)
-            if file_a.read(size) != file_b.read(size):
+        step = CHUNK // 8  # no element has more bytes
+        for start in range(0, a.size, step):
+            share = min(step, a.size - start)
+            part_a, part_b = (file.read(each.nbytes * share // each.size) for file, each in ((file_a, a), (file_b, b)))
+            if a.dtype != b.dtype:
+                part_a, part_b = (_as_float32(part, each.dtype) for part, each in ((part_a, a), (part_b, b)))
+            if part_a != part_b:
                 return False
     return True
+
+
+def _as_float32(raw: bytes, dtype: str) -> bytes:
+    out = np.empty(len(raw) // FORMATS[dtype].itemsize, np.float32)
+    cast(np.frombuffer(raw, FORMATS[dtype]), dtype, out)
+    return out.tobytes()
 
 
 @dataclass(frozen=True)
