@@ -17,6 +17,8 @@ CONVERT = (
 )
 
 
+_PART = 2**16  # bytes of a small file that are read at a time
+
 #: How a Git LFS pointer begins.
 LFS = b"version https://git-lfs"
 
@@ -41,7 +43,10 @@ def read_json(path: Path, error: type[ModelError] = ConfigError, limit: int = 16
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            raw = b"" if size > limit else file.read(limit + 1)  # a device has no size, and perhaps no end
+            raw = bytearray()
+            # A device has no size, and perhaps no end.
+            while max(size, len(raw)) <= limit and (part := file.read(_PART)):
+                raw += part
         if max(size, len(raw)) > limit:
             raise error(f"{path}: {max(size, len(raw))} bytes, more than the {limit} such a file may have")
     except FileNotFoundError:
