@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpukernels.cast import FORMATS
+from gpukernels.numbers import finite
 from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_header, read_tensor
 from model.config import Config
@@ -26,6 +27,7 @@ from model.save import replace_file, write_tensors
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
+_MOST = 2**20  # the rank of an adapter: no weight has more rows
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
@@ -169,9 +171,9 @@ def _read_config(path: Path) -> tuple[float, int]:
     if values.get("init_lora_weights", True) not in (True, False, "gaussian"):
         problems.append(f"{path}: init_lora_weights={values['init_lora_weights']!r} is not computed here")
     rank, alpha = values.get("r"), values.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        problems.append(f"{path}: r must be a whole number, 1 or more, got {rank!r}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(rank) is not int or not 1 <= rank <= _MOST:
+        problems.append(f"{path}: r must be a whole number from 1 to {_MOST}, got {rank!r}")
+    if not finite(alpha):
         problems.append(f"{path}: lora_alpha must be a number, got {alpha!r}")
     if problems:
         raise CheckpointError(problems)

@@ -1,6 +1,7 @@
 """Small files of JSON, and what a file is that is not what its name says."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,38 @@ CONVERT = (
 )
 
 
+_PART = 2**16  # bytes of a small file that are read at a time
+
+#: How a Git LFS pointer begins.
+LFS = b"version https://git-lfs"
+
+
+def as_path(name: str, value: Any, error: type[ModelError]) -> Path:
+    """`value`, text or a path, with ~ for the home folder; `error`, which has the argument's name, for what is none."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise error(f"{name} must be a path, got {value!r}")
+    try:
+        path = Path(text).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as fault:
+        raise error(f"{text}: cannot be a path: {getattr(fault, 'strerror', None) or fault}") from None
+    return path
+
+
 def read_json(path: Path, error: type[ModelError] = ConfigError, limit: int = 16 * 2**20) -> dict[str, Any]:
     """The JSON object in a small file; `error` with one sentence for anything else."""
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise error(f"{path}: {size} bytes, more than the {limit} such a file may have")
-        raw = path.read_bytes()
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            raw = bytearray()
+            # A device has no size, and perhaps no end.
+            while max(size, len(raw)) <= limit and (part := file.read(_PART)):
+                raw += part
+        if max(size, len(raw)) > limit:
+            raise error(f"{path}: {max(size, len(raw))} bytes, more than the {limit} such a file may have")
     except FileNotFoundError:
         raise error(f"{path}: there is no such file") from None
     except OSError as fault:
@@ -50,7 +76,7 @@ def json_fault(fault: Exception) -> str:
 def disguise(start: bytes) -> str | None:
     """What a file is that begins like this, if it is a common impostor, and what to do."""
     text = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS):
         return (
             "this is a Git LFS pointer of a few lines, not the file itself; "
             "run 'git lfs pull' in its repository, or download the file"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from model.checkpoint import INDEX_NAME, MAX_HEADER, WEIGHTS_NAME, read_weight_map
 from model.errors import CheckpointError, HubError, RepositoryError
-from model.files import CONVERT
+from model.files import CONVERT, as_path
 
 _CONFIG, _TOKENIZER, _VOCABULARY = "config.json", "tokenizer.json", ("vocab.json", "merges.txt")
 _OPTIONAL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -71,9 +71,11 @@ def fetch(
         raise HubError(f"{name}: {fault.name} is missing or too old: pip install -U huggingface_hub") from None
     revision = "main" if revision is None else revision
     where = name if revision == "main" else f"{name} at {revision}"
+    if not isinstance(revision, str):
+        raise HubError(f"revision must be text, or None, got {revision!r}")
     if not _REVISION.fullmatch(revision):
         raise HubError(f"{name}: {revision!r} cannot be a branch, tag or commit")
-    cache = Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir).expanduser().resolve()
+    cache = as_path("cache_dir", constants.HF_HUB_CACHE if cache_dir is None else cache_dir, HubError).resolve()
     offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if is_offline_mode() else None
 
     if not refresh:

@@ -14,7 +14,8 @@ from model.architecture import architecture
 from model.config import Config
 from model.decoder import Decoder
 from model.device import Device
-from model.errors import ContextError, ModelError
+from model.errors import CheckpointError, ContextError, ModelError
+from model.files import as_path
 from model.generate import Generation, Limits, Row, run
 from model.graph import GraphDecoder, can_capture, captured_capacity
 from model.load import Filled
@@ -280,7 +281,7 @@ class LanguageModel:
         Each file is written under a temporary name and renamed when it is whole. See `model.save`.
         """
         save(
-            Path(target),
+            as_path("target", target, CheckpointError),
             self.config,
             self.parameters,
             values=self._values,
@@ -315,7 +316,7 @@ class LanguageModel:
 
         Raises CheckpointError for one that is damaged, does not fit, or asks for what is not computed here.
         """
-        merge(self.parameters, read_adapter(Path(folder), self.config))
+        merge(self.parameters, read_adapter(as_path("folder", folder, CheckpointError), self.config))
 
     def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
         rows, limits = request.rows, request.limits

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from gpukernels.numbers import finite
 from model.contract import (
     Contract,
     Rule,
     as_ids,
     epsilon,
     is_int,
-    is_number,
     one_of,
     shown,
     size,
@@ -24,7 +24,7 @@ from model.contract import (
     token_id,
     token_ids,
 )
-from model.errors import ConfigError
+from model.errors import ConfigError, printable
 
 _THETA = 10000.0
 
@@ -232,13 +232,27 @@ def read(values: dict[str, Any], name: str) -> tuple[LlamaConfig, list[str]]:
         )
     if problems:
         raise ConfigError(problems)
-    return config, notices
+    return config, notices + _unused(values, rope.rope_type, name)
+
+
+def _unused(values: dict[str, Any], kind: str, name: str) -> list[str]:
+    """A notice of what stands with the rotary positions and is not of their kind, if there is anything."""
+    key = _rope_key(values)
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *_ROPE_KEYS[kind]}
+    unused = sorted((values.get(key) or {}).keys() - known)
+    what = f"{name}: keys of {key} that {kind} rotary positions do not use: {', '.join(unused)}"
+    return [printable(what)] if unused else []
+
+
+def _rope_key(values: dict[str, Any]) -> str:
+    """Where a config has its rotary positions: of the old key and the new one, as transformers takes them."""
+    return "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
 
 
 def _read_rope(values: dict[str, Any], name: str) -> tuple[Rope, list[str]]:
     """The rotary positions of a config, old and new: transformers 5 has all in `rope_parameters`, older ones
     `rope_theta` beside `rope_scaling`, whose "type" is its "rope_type". And what is wrong with them."""
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    key = _rope_key(values)
     given = values.get(key) or {}
     if not isinstance(given, dict):
         return Rope(), [f"{name}: {key} must be an object or null, got {shown(given)}"]
@@ -255,7 +269,7 @@ def _read_rope(values: dict[str, Any], name: str) -> tuple[Rope, list[str]]:
     fields: dict[str, Any] = {"rope_type": kind}
     for each in ("rope_theta", *_ROPE_KEYS[kind]):
         value, whole = given.get(each), each == "original_max_position_embeddings"
-        right = is_int(value) if whole else is_number(value) and math.isfinite(value)
+        right = finite(value) and (is_int(value) or not whole)
         if not right or value <= 0:
             wanted = "a whole number above 0" if whole else "a number above 0"
             got = shown(value) if each in given else "nothing"

@@ -7,6 +7,7 @@ one error. `fill` then allocates each parameter once and reads each tensor strai
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gpukernels.cast import FORMATS, Losses
+from gpukernels.cast import FORMATS, Losses, cast
 from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_entries
 from model.config import Config, read_config
 from model.device import Device
 from model.errors import CheckpointError, ModelError
-from model.files import read_json
+from model.files import as_path, read_json
 from model.host_upload import CHUNK
 from model.names import HEAD, map_names
 from model.parameters import Parameters, Slot
@@ -75,12 +76,8 @@ def locate(
     What exists on disk comes first, then `tiny-gpt2`, then the Hub (its cache, then the network). With `outline`,
     an empty folder, a model that is not cached is not downloaded: see `model.hub.fetch`.
     """
-    try:
-        path = Path(source).expanduser()
-        there = path.exists()
-    except (OSError, RuntimeError, ValueError) as fault:
-        raise CheckpointError(f"{source}: cannot be a path: {getattr(fault, 'strerror', None) or fault}") from None
-    if there:
+    path = as_path("source", source, CheckpointError)
+    if os.path.exists(path):  # False where a link leads into what may not be read
         if path.is_file() and path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: must be a folder or a .safetensors file")
         return path
@@ -185,17 +182,27 @@ def _mismatches(source: Path, slots: Sequence[Slot], tensors: dict[str, TensorEn
 
 
 def _equal(a: TensorEntry, b: TensorEntry) -> bool:
-    """Whether two tensors have the same bytes, compared a chunk at a time."""
-    if a.dtype != b.dtype or a.nbytes != b.nbytes:
+    """Whether two tensors of one shape have the same values, compared a chunk at a time."""
+    if a.dtype != b.dtype and not {a.dtype, b.dtype} <= FORMATS.keys():
         return False
     with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
         file_a.seek(a.offset)
         file_b.seek(b.offset)
-        for start in range(0, a.nbytes, CHUNK):
-            size = min(CHUNK, a.nbytes - start)
-            if file_a.read(size) != file_b.read(size):
+        step = CHUNK // 8  # no element has more bytes
+        for start in range(0, a.size, step):
+            share = min(step, a.size - start)
+            part_a, part_b = (file.read(each.nbytes * share // each.size) for file, each in ((file_a, a), (file_b, b)))
+            if a.dtype != b.dtype:
+                part_a, part_b = (_as_float32(part, each.dtype) for part, each in ((part_a, a), (part_b, b)))
+            if part_a != part_b:
                 return False
     return True
+
+
+def _as_float32(raw: bytes, dtype: str) -> bytes:
+    out = np.empty(len(raw) // FORMATS[dtype].itemsize, np.float32)
+    cast(np.frombuffer(raw, FORMATS[dtype]), dtype, out)
+    return out.tobytes()
 
 
 @dataclass(frozen=True)

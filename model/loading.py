@@ -62,6 +62,8 @@ def load(
     """
     place = choose_device(device)
     choose_dtype(dtype, place)
+    if progress is not None and not callable(progress):
+        raise ModelError(f"progress must be a function of two numbers, or None, got {progress!r}")
     path = locate(
         source,
         revision=revision,

@@ -1,7 +1,7 @@
 """What a call of `generate` asks for: every argument checked, prompts as ids, one row for each answer."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,14 @@ def read_request(
 def check_ids(ids: Any, size: int) -> np.ndarray:
     """Token ids as an int64 array of any shape; ModelError where they are not 0 to size - 1."""
     _require_integers(ids)
+    given = ids
     try:
-        ids = _on_host(ids)
+        ids = _on_host(given)
     except ValueError:
         raise ModelError("token ids must be one row of integers, or rows of one length") from None
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise ModelError(f"token ids must be integers, got {ids.dtype}")
+        kind = type(given).__name__ if ids.dtype == object and not ids.ndim else ids.dtype
+        raise ModelError(f"token ids must be integers, got {kind}")
     if ids.size and not 0 <= ids.min() <= ids.max() < size:
         raise ModelError(f"token ids must be 0 to {size - 1}, got {ids.min()} to {ids.max()}")
     return ids.astype(np.int64)
@@ -152,6 +154,8 @@ def _prompts(prompt: Any, config: Config, tokenizer: Tokenizer | None) -> tuple[
             return [encode(each) for each in prompt], False
         if all(hasattr(each, "__len__") and not isinstance(each, str) for each in prompt):
             return [row(each) for each in prompt], False
+    if not hasattr(prompt, "__len__") or isinstance(prompt, bytes | bytearray | Mapping | Set):
+        raise ModelError(f"prompt must be text, token ids, or several of either, got {prompt!r}")
     ids = check_ids(prompt, config.vocab_size)
     if ids.ndim == 2:
         return [row(each) for each in ids], False

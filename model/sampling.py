@@ -4,14 +4,11 @@
 as a decoder holds them.
 """
 
-import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from gpukernels.numbers import whole
+from gpukernels.numbers import finite, whole
 from model.device import Device
 from model.errors import ModelError
 from model.parameters import padded_rows
@@ -52,13 +49,13 @@ class Sampling:
             if not fits:
                 raise ModelError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
-        require("temperature", _number(self.temperature) and self.temperature >= 0, "a number, 0 or more")
+        require("temperature", finite(self.temperature) and self.temperature >= 0, "a number, 0 or more")
         require("top_k", self.top_k is None or (whole(self.top_k) and self.top_k >= 0), "a whole number, or None")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
-            require(name, value is None or (_number(value) and 0 <= value <= 1), "a number from 0 to 1, or None")
+            require(name, value is None or (finite(value) and 0 <= value <= 1), "a number from 0 to 1, or None")
         penalty = self.repetition_penalty
-        require("repetition_penalty", _number(penalty) and penalty > 0, "a number above 0")
+        require("repetition_penalty", finite(penalty) and penalty > 0, "a number above 0")
 
 
 class SamplingState:
@@ -122,12 +119,3 @@ class SamplingState:
 def _normal(value: float) -> float:
     """A number above 0 that is one in float32 too."""
     return min(max(value, _LEAST), _MOST)
-
-
-def _number(value) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False

@@ -1,10 +1,11 @@
 """Writing a model in Hugging Face layout, so that a reader never meets half a file."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,13 @@ def save(
         folder: where the model came from; small files beside the weights are copied from there.
 
     Tensors have transformers' names and layout (products (in, out)) and the parameters' dtype. Every
-    file is written under a temporary name, synced, and renamed; the weights come last. What stands in a
-    folder of the tokenizer or the generation of another model goes, as it would be taken for this one's.
+    file is written under a temporary name, synced, and renamed; the weights are written first and
+    renamed last. What stands in a folder of the tokenizer or the generation of another model goes, as it
+    would be taken for this one's.
 
     Raises CheckpointError where the target cannot be written, and for a single file beside the
     `config.json` of another model.
     """
-    target = _checked(target)
     single = target.suffix == ".safetensors"
     place = target.parent if single else target
     weights = target if single else target / WEIGHTS_NAME
@@ -73,38 +74,30 @@ def save(
     if single and beside.exists() and read_json(beside) != document:
         raise CheckpointError(f"{beside}: belongs to another model; save {target.name} into a folder of its own")
 
+    def write(path: Path) -> None:
+        _write_weights(path, architecture(config).PREFIX, parameters, device)
+
     try:
         place.mkdir(parents=True, exist_ok=True)
-        replace_file(beside, lambda path: path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
-        for name in _BESIDE:
-            source = folder / name if folder is not None else None
-            if source is None or place.resolve() == folder.resolve():
-                continue
-            if source.is_file():
-                replace_file(place / name, lambda path, source=source: shutil.copyfile(source, path))
-            elif not single:
-                (place / name).unlink(missing_ok=True)
-        if tokenizer is not None and (folder is None or not (folder / "tokenizer.json").is_file()):
-            replace_file(place / "tokenizer.json", lambda path: path.write_text(tokenizer.to_json(), encoding="utf-8"))
-        replace_file(weights, lambda path: _write_weights(path, architecture(config).PREFIX, parameters, device))
+        # A disk that has no room for them is known before anything else of the folder is replaced.
+        with whole_file(weights, write):
+            replace_file(beside, lambda path: path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8"))
+            for name in _BESIDE:
+                source = folder / name if folder is not None else None
+                if source is None or place.resolve() == folder.resolve():
+                    continue
+                if source.is_file():
+                    replace_file(place / name, lambda path, source=source: shutil.copyfile(source, path))
+                elif not single:
+                    (place / name).unlink(missing_ok=True)
+            if tokenizer is not None and (folder is None or not (folder / "tokenizer.json").is_file()):
+                text = tokenizer.to_json()
+                replace_file(place / "tokenizer.json", lambda path: path.write_text(text, encoding="utf-8"))
         if not single:
             # transformers prefers the single file, but other readers may take an older index first.
             (place / INDEX_NAME).unlink(missing_ok=True)
     except OSError as fault:
         raise CheckpointError(f"{fault.filename or place}: cannot be written: {fault.strerror or fault}") from None
-
-
-def _checked(target: Path) -> Path:
-    """`target`, with ~ for the home folder as `model.load` has it; CheckpointError for what can be no path."""
-    try:
-        target = target.expanduser()
-        os.lstat(target)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, RuntimeError, ValueError) as fault:
-        why = getattr(fault, "strerror", None) or fault
-        raise CheckpointError(f"{target}: cannot be written: {why}") from None
-    return target
 
 
 def _config_json(config: Config, parameters: Parameters, values: dict[str, Any]) -> dict[str, Any]:
@@ -159,11 +152,19 @@ def write_tensors(
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file under a temporary name beside `path`, then renames it over `path`."""
+    with whole_file(path, write):
+        pass
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, write: Callable[[Path], Any]) -> Iterator[None]:
+    """Writes a file under a temporary name beside `path`; at the end, if nothing failed, renames it over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        yield
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

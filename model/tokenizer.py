@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -44,8 +45,10 @@ class Tokenizer:
             continues: the text goes on where another ended: without special tokens around it, and without the
                 space that some tokenizers put before a text.
 
-        Raises TokenizerError for half a character (a lone surrogate).
+        Raises TokenizerError for what is no text, and for half a character (a lone surrogate).
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"text must be a string, got {text!r}")
         try:
             text.encode()
         except UnicodeEncodeError as fault:
@@ -59,9 +62,18 @@ class Tokenizer:
         return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=not continues)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, without special tokens; bytes that are none become U+FFFD."""
+        """The text of `ids`, without special tokens; bytes that are none become U+FFFD, an id without a token nothing.
+
+        Raises TokenizerError for what is no id.
+        """
+        try:
+            numbers = [operator.index(id) for id in ids]
+        except TypeError:
+            numbers = [-1]
+        if min(numbers, default=0) < 0:
+            raise TokenizerError(f"ids must be whole numbers, 0 or more, got {ids!r}")
         stream = TextStream(self)
-        return "".join(map(stream.step, ids)) + stream.flush()
+        return "".join(stream.step(id) for id in numbers if id < 2**32) + stream.flush()
 
     @property
     def size(self) -> int:

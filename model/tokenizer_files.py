@@ -10,6 +10,7 @@ Tokens are added from `added_tokens_decoder` in `tokenizer_config.json`; without
 `tokenizer.json`, and then `special_tokens_map.json` counts too. A special token that is only named comes behind them.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -179,7 +180,7 @@ def _decoder(path: Path, values: Any) -> dict[int, AddedToken]:
     found = {}
     for id, value in values.items() if isinstance(values, dict) else [(None, values)]:
         token = _token(value, value.get("special") is True) if isinstance(value, dict) else None
-        if token is None or not str(id).isdecimal():
+        if token is None or not str(id).isdecimal() or len(id) > 18:
             wanted = f'must map "ID" to {{"content": TOKEN}}, got {value!r} for {id!r}'
             raise TokenizerError(f"{path}: {_DECODER} {wanted}")
         found[int(id)] = token
@@ -228,7 +229,14 @@ def _parsed(path: Path, parse: Callable[[bytes], Any]) -> Any:
 
 def _if_there(path: Path) -> dict[str, Any]:
     """What a small file says, if it is there."""
-    return read_json(path, TokenizerError) if os.path.lexists(path) else {}
+    if not os.path.lexists(path):
+        return {}
+    values = read_json(path, TokenizerError)
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can escape what no token can hold
+        raise TokenizerError(f"{path}: has half of a surrogate pair in it, which is no text; {AGAIN}") from None
+    return values
 
 
 def _pairs(path: Path, raw: bytes) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +290,21 @@ def test_a_tied_head_may_be_absent_or_equal(tmp_path):
         assert "head.weight" not in lm.parameters
         assert lm.notices == []
     np.testing.assert_array_equal(absent.logits([1, 2]), equal.logits([1, 2]))
+
+
+@pytest.mark.parametrize("chunk", [64, 2**20])
+@pytest.mark.parametrize("changed", [None, 0, -1])
+def test_a_tied_head_of_another_dtype_is_equal_where_its_values_are(tmp_path, monkeypatch, chunk, changed):
+    """transformers ties them then: it compares what it has read."""
+    monkeypatch.setattr(sys.modules["model.load"], "CHUNK", chunk)  # `model.load` is the function
+    half = tensors()["wte.weight"].astype(np.float16)
+    weights = tensors() | {"wte.weight": half.astype(np.float32), "lm_head.weight": half.copy()}
+    if changed is not None:
+        weights["lm_head.weight"].flat[changed] += 1
+    folder = make(tmp_path / "model", weights=weights)
+    with warnings.catch_warnings(action="ignore", category=LoadNotice):
+        lm = model.load(folder, device="cpu")
+    assert ("head.weight" in lm.parameters, len(lm.notices)) == ((False, 0) if changed is None else (True, 1))
 
 
 def test_a_tied_head_stands_for_the_table_where_only_it_is_there(tmp_path):

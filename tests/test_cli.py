@@ -115,6 +115,7 @@ def test_no_prompt_at_a_terminal_is_a_mistake(refused, monkeypatch):
         (("--dtype", "int8"), "dtype"),
         (("--device", "cpu", "--dtype", "bfloat16"), "bfloat16"),
         (("--few-shot", "no/such.json"), "no/such.json"),
+        (("--few-shot", "/dev/zero"), "/dev/zero: 16842752 bytes, more than the 16777216 such a file may have"),
         (("--model", "no/such/folder.safetensors"), "no/such/folder.safetensors"),
         (("--model", "./no-such-folder"), "./no-such-folder"),
     ],

@@ -89,7 +89,7 @@ BAD_OPTIONS = {
     "epochs": (("--epochs", "0"), "epochs must be a whole number, 1 or more, got 0"),
     "context": (("--context", "513"), "context is 513, but the model has 512 positions"),
     "floor": (("--floor", "1"), "floor must be a number from 0 to the learning rate 0.0001, got 1.0"),
-    "warmup": (("--warmup", "10", "--max-steps", "3"), "warmup is 10.0 steps, but the run has only 3"),
+    "warmup": (("--warmup", "10", "--max-steps", "3"), "warmup is 10 steps, but the run has only 3"),
     "schedule": (("--schedule", "step"), "schedule must be one of constant, linear, cosine, inverse_sqrt, got 'step'"),
     "validation": (("--validation", "1"), "validation must be a share from 0 to below 1, got 1.0"),
     "patience": (("--patience", "2", "--validation", "0"), "patience waits for a better validation loss, and there is"),

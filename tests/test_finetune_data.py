@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from damage import LFS_POINTER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import llama2
@@ -225,6 +226,8 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     assert "there is no text in it" in answer(file("a.jsonl", b"\n\n"), tokenizer)
     assert "line 3 is not UTF-8 text: byte 0xff at 5" in answer(file("a.txt", b"a\nb\nc\xff"), tokenizer)
     assert "Git LFS pointer" in answer(file("a.txt", b"version https://git-lfs\n\xff"), tokenizer)
+    assert "Git LFS pointer" in answer(file("a.txt", LFS_POINTER), tokenizer)
+    assert "Git LFS pointer" in answer(file("a.jsonl", LFS_POINTER), tokenizer)
     assert "must be .txt, .jsonl or .npy" in answer(file("a.csv", b"a"), tokenizer)
     assert "not an array of token ids" in answer(file("a.npy", b"\x93NUMPY\x01"), tokenizer)
     # NumPy's own words are how to load a pickle.
@@ -234,6 +237,7 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path):
     assert "cannot be read: embedded null byte" in answer("a\0.txt", tokenizer)
     assert "separator" in answer(file("a.jsonl", b"{}"), tokenizer, separator="\n")
     assert "separator" in answer(file("a.txt", b"a"), tokenizer, separator="")
+    assert "separator" in answer(file("a.txt", b"a"), tokenizer, separator=5)
     assert r"separator '\\n' does not occur in it" in answer(file("a.txt", b"a\nb"), tokenizer, separator=r"\n")
 
 

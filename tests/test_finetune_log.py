@@ -89,6 +89,24 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
         read(tmp_path / "log.jsonl")
 
 
+@pytest.mark.parametrize("line", ['{"step": 1}', '{"kind": 5, "step": 1}', '{"kind": "step", "step": true}'])
+def test_a_line_without_kind_or_step_is_no_record_and_does_not_stay(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"kind": "step", "step": 1}}\n{line}\n')
+    with pytest.raises(DataError, match="line 2 is not a record"):
+        read(tmp_path / "log.jsonl")
+    with Log(tmp_path, total=9, done=1, console=QUIET):
+        pass
+    assert [each["step"] for each in read(tmp_path / "log.jsonl")] == [1]
+
+
+@needs_matplotlib
+def test_a_loss_that_is_no_number_is_not_drawn(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "step", "step": 1, "loss": "a"}\n')
+    with Log(tmp_path, total=9, done=1, console=QUIET) as log:
+        train(log, 2, start=1)
+    assert (tmp_path / "loss.png").stat().st_size > 0
+
+
 def test_an_error_of_training_closes_the_log(tmp_path):
     page = io.StringIO()
 
@@ -184,6 +202,13 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_is_written(tmp_p
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     with pytest.raises(ModelError, match=f"{name} is not installed: pip install {name}"):
         Log(tmp_path / "run", total=1, trackers=[name], console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["wandb", None, 5, [5], [None]], ids=str)
+def test_what_is_no_list_of_trackers_is_refused(tmp_path, given):
+    with pytest.raises(ModelError, match=r"tracker(s must be a list| must be a name, or an object with log and close)"):
+        Log(tmp_path / "run", total=1, trackers=given, console=QUIET)
     assert not (tmp_path / "run").exists()
 
 

@@ -261,8 +261,10 @@ BAD_CONFIGS = [
     ({"key_of_tomorrow": 1}, "key_of_tomorrow=1 is not computed here"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not computed here"),
     ({"r": 3}, "wanted (3, 32)"),
-    ({"r": 0}, "r must be a whole number, 1 or more, got 0"),
+    ({"r": 0}, "r must be a whole number from 1 to 1048576, got 0"),
+    ({"r": 10**400}, "r must be a whole number from 1 to 1048576"),
     ({"lora_alpha": "x"}, "lora_alpha must be a number, got 'x'"),
+    ({"lora_alpha": 10**400}, "lora_alpha must be a number, got 1000"),
 ]
 
 

@@ -4,6 +4,7 @@ Two kinds of models: the bundled one, and scripted ones that say given tokens wh
 """
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -338,9 +339,10 @@ WRONG = [
     ({"top_p": 2}, "top_p must be a number from 0 to 1, or None, got 2"),
     ({"min_p": -1}, "min_p must be a number from 0 to 1, or None, got -1"),
     ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, got 0"),
+    *[({"prompt": bad}, "token ids must be") for bad in ([-1], [4096], [1.5], [True], [1, [2]], ["a", [1]])],
     *[
-        ({"prompt": bad}, "token ids must be")
-        for bad in ([-1], [4096], [1.5], [True], None, b"a", [1, [2]], ["a", [1]])
+        ({"prompt": bad}, "prompt must be text, token ids, or several of either, got " + re.escape(repr(bad)))
+        for bad in (None, b"a", 3, 2.5, {"a": 1}, {1})
     ],
     *[
         ({"prompt": bad}, f"token ids must be integers, got {stray}$")
@@ -357,7 +359,7 @@ WRONG = [
             ([np.array([1]), np.array([1.0])], "float64"),
         )
     ],
-    *[({"prompt": bad}, "a prompt must have one token id or more in one row") for bad in (3, [[]], [[1], [[2]]])],
+    *[({"prompt": bad}, "a prompt must have one token id or more in one row") for bad in ([[]], [[1], [[2]]])],
 ]
 
 

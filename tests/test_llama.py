@@ -116,6 +116,12 @@ WRONG = [
     ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object or null"),
     ("llama", {"rope_theta": 0}, "rope_theta of default rotary positions must be a number above 0, got 0"),
     ("llama", {"rope_theta": math.inf}, "rope_theta of default rotary positions"),
+    ("llama", {"rope_theta": 10**400}, "rope_theta of default rotary positions must be a number above 0, got 1000"),
+    (
+        "llama",
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}},
+        "original_max_position_embeddings of llama3 rotary positions must be a whole number above 0, got 1000",
+    ),
     (
         "llama",
         {"rope_scaling": {"type": "linear"}},
@@ -161,6 +167,25 @@ def test_a_config_that_no_file_could_hold_is_refused(changes, said):
     with pytest.raises(ConfigError) as fault:
         model.from_config(dataclasses.replace(SMALL, **changes), device="cpu")
     assert said in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "unused"),
+    [
+        ("rope_parameters", {"rope_type": "default", "factor": 8.0}, "default rotary positions do not use: factor"),
+        (
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0, "mscale": 1.0},
+            "linear rotary positions do not use: mscale",
+        ),
+        ("rope_parameters", {"full_attention": {"rope_type": "linear"}}, "not use: full_attention"),
+    ],
+    ids=str,
+)
+def test_keys_that_rotary_positions_do_not_use_are_said_once(key, value, unused):
+    (notice,) = read({"model_type": "llama", key: value})[1]
+    assert notice.startswith(f"config.json: keys of {key} that ")
+    assert notice.endswith(unused)
 
 
 def test_keys_that_only_the_other_of_the_two_has_are_said_once():

@@ -1,9 +1,12 @@
 """What `lm.save` leaves in a folder that is not empty, and the places where it cannot write."""
 
+import errno
 import json
+import os
+from dataclasses import replace
 
 import pytest
-from damage import make
+from damage import CONFIG, make
 
 import model
 from model.errors import CheckpointError
@@ -77,6 +80,34 @@ def test_the_home_folder_is_that_of_load(folder, tmp_path, monkeypatch):
     model.load("~/tiny", device="cpu").save("~/copy")
     assert (tmp_path / "copy" / "model.safetensors").is_file()
     assert not (tmp_path / "~").exists()
+
+
+def test_a_disk_that_is_full_leaves_the_model_before(folder, tmp_path, monkeypatch):
+    """Also where it is another one, whose config.json would not fit its weights any more."""
+    other = make(tmp_path / "other", replace(CONFIG, n_layer=1))
+    (other / "generation_config.json").write_text('{"eos_token_id": 5}')
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    lm = model.load(folder, device="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(model.save, "_CHUNK", 64)
+        patched.setattr("model.device.NumpyDevice.to_bytes", full_after(5))
+        with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+            lm.save(other)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    lm.save(other)
+    assert model.load(other, device="cpu").config == lm.config
+
+
+def full_after(writes: int):
+    """A stand-in for the bytes of an array, behind so many of which there is no more room."""
+    calls = iter(range(writes))
+
+    def to_bytes(self, array):
+        if next(calls, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return array.tobytes()
+
+    return to_bytes
 
 
 @pytest.mark.parametrize("target", ["a\0b", "x" * 300, "~nobody-has-this-name/x", "file/x", "file", "is.safetensors"])

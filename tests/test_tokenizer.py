@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_tokenizers import KINDS
 from tokenizers import pre_tokenizers
 
-from model import Tokenizer
+from model import Tokenizer, TokenizerError
 from model.load import locate
 from model.tokenizer import TextStream
 
@@ -73,6 +73,22 @@ def test_bytes_that_never_became_text_come_at_the_end():
     stream = TextStream(TOKENIZER)
     assert [stream.step(BYTE_IDS[byte]) for byte in b"a\xf0\x9f"] == ["a", "", ""]
     assert stream.flush() == "\ufffd"
+
+
+@pytest.mark.parametrize("text", [None, 5, b"x", ["x"]])
+def test_what_is_no_text_is_not_encoded(text):
+    with pytest.raises(TokenizerError, match="text must be a string, got " + re.escape(repr(text))):
+        TOKENIZER.encode(text)
+
+
+@pytest.mark.parametrize("ids", [None, 5, ["a"], [1.5], [1, -1], "12"])
+def test_what_are_no_ids_is_not_decoded(ids):
+    with pytest.raises(TokenizerError, match="ids must be whole numbers, 0 or more, got " + re.escape(repr(ids))):
+        TOKENIZER.decode(ids)
+
+
+def test_an_id_without_a_token_is_no_text():
+    assert TOKENIZER.decode([2**31, 2**40, 10**30]) == ""
 
 
 def test_special_tokens_are_no_text():

@@ -106,10 +106,22 @@ def test_a_damaged_file_beside_the_others_is_named(name, write_files, tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-@pytest.mark.parametrize("values", [["a"], {"x": PAD}, {"1": "<pad>"}, {"1": {"content": 5}}, {"-1": PAD}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [["a"], {"x": PAD}, {"1": "<pad>"}, {"1": {"content": 5}}, {"-1": PAD}, {"9" * 5000: PAD}],
+    ids=lambda value: str(value)[:30],
+)
 def test_added_tokens_that_cannot_be_are_refused_by_the_file_and_its_key(values, tmp_path):
     write_pair(tmp_path, tokenizer_config={"added_tokens_decoder": values})
     with pytest.raises(TokenizerError, match=r'tokenizer_config\.json: added_tokens_decoder must map "ID" to '):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens"])
+def test_half_of_a_surrogate_pair_in_a_file_is_one_sentence(name, tmp_path):
+    values = {"\ud800": 300} if name == "added_tokens" else {"pad_token": "\ud800"}
+    write_pair(tmp_path, **{name: values})
+    with pytest.raises(TokenizerError, match=rf"{name}\.json: has half of a surrogate pair in it"):
         Tokenizer.from_folder(tmp_path)
 
 

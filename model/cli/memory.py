@@ -142,7 +142,7 @@ def _subject(name: str, options: dict, *, weights: bool) -> _Subject:
 
 def _counts(option: str, text: str) -> list[int]:
     numbers = text.split(",")
-    if not all(number.strip().isdecimal() and 0 < int(number) <= 2**20 for number in numbers):
+    if not all(number.strip().isdecimal() and len(number) < 20 and 0 < int(number) <= 2**20 for number in numbers):
         raise ModelError(f"{option} must be whole numbers from 1 to {2**20} with commas between them, got {text!r}")
     return [int(number) for number in numbers]
 
@@ -155,7 +155,10 @@ def _bytes_of(gpu: str) -> int:
             number, factor = number[: -len(unit)].strip(), size
             break
     if number.replace(".", "", 1).isdecimal():
-        return int(float(number) * factor)
+        size = float(number) * factor
+        if size >= 2**60:
+            raise ModelError(f"--gpu: no GPU has as much as {size:.3g} bytes")
+        return int(size)
     try:
         return gpu_named(gpu).memory
     except ValueError as fault:

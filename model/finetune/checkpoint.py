@@ -17,18 +17,21 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
+from gpukernels.numbers import finite, whole
 from model import adapter
 from model.checkpoint import WEIGHTS_NAME
 from model.device import TorchDevice
 from model.errors import CheckpointError, TrainingError
 from model.files import read_json
+from model.finetune import log
 from model.finetune.distributed import World
 from model.finetune.modules import Network
 from model.parameters import Lazy, Slot
@@ -39,6 +42,8 @@ _HALF = re.compile(r"\..+\.\d+\.tmp")  # a file of `save.replace_file` that a ki
 _DOCUMENT = "training.json"
 _ALONE = World()
 VERSION = 1
+
+Numbers = TypeVar("Numbers")  # a dataclass of them
 
 
 class Weights(Lazy):
@@ -67,6 +72,9 @@ def check_out(out: Path, *, resume: bool) -> None:
     made = any((out / name).exists() for name in (WEIGHTS_NAME, adapter.WEIGHTS_NAME))
     if resume and newest(out) is None and made:
         raise TrainingError(f"{out}: holds a model and no checkpoint: there is no run to resume, or it has finished")
+    # A kill before the first checkpoint leaves the log. What has neither is something else of the user's.
+    if resume and newest(out) is None and not (out / log.NAME).exists() and any(out.iterdir()):
+        raise TrainingError(f"{out}: there is no run to resume: it has neither a checkpoint nor {log.NAME}")
 
 
 def newest(out: Path) -> Path | None:
@@ -156,12 +164,38 @@ def _differences(started: Mapping[str, Any], wanted: Mapping[str, Any], group: s
             yield f"the run was started with {group}{name} {then!r}, not {now!r}"
 
 
+def numbers(folder: Path, document: Mapping[str, Any], group: str, kind: type[Numbers]) -> Numbers:
+    """A dataclass of numbers, each of which has a default, from its group of a checkpoint's JSON.
+
+    What the file lacks has its default. Raises CheckpointError where there is no such group, and for a name or value
+    that is not one of the class's: a whole number is not below 0, a number finite, and null stands where the default
+    is None.
+    """
+    path, values = folder / _DOCUMENT, document.get(group)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: {group} must be an object, got {json.dumps(values)}")
+    defaults = asdict(kind())
+    for name, value in values.items():
+        default = defaults.get(name)
+        if name not in defaults:
+            raise CheckpointError(f"{path}: {group} has no {name}")
+        if isinstance(default, bool):
+            fits = isinstance(value, bool)
+        elif isinstance(default, int):
+            fits = whole(value) and 0 <= value < 2**63
+        else:
+            fits = finite(value) or (value is None and default is None)
+        if not fits:
+            raise CheckpointError(f"{path}: {name} of {group} cannot be {json.dumps(value)}")
+    return kind(**values)
+
+
 def read_tensors(folder: Path, wanted: Mapping[str, torch.Tensor], world: World = _ALONE) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint on the CPU: those of `wanted`, and whatever "best/..." there is."""
+    """The tensors `wanted` of a checkpoint, on the CPU."""
     path = folder / _file(world)
     try:
         with safe_open(str(path), "pt") as file:
-            names = [name for name in file.keys() if name in wanted or name.startswith("best/")]  # noqa: SIM118
+            names = [name for name in file.keys() if name in wanted]  # noqa: SIM118
             found = {name: file.get_tensor(name) for name in names}
     except Exception as fault:  # the library raises its own of many kinds
         raise CheckpointError(f"{path}: cannot be read: {fault}") from None

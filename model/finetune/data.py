@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.errors import DataError
-from model.files import disguise
+from model.files import LFS, disguise
 from model.finetune.jsonl import Part, parse_lines, raise_faults
 from model.finetune.packing import permutation
 from model.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def read_documents(
     path = Path(source) if isinstance(source, str | Path) else None
     kind = "" if path is None else path.suffix.lower()
     name = "the data" if path is None else str(path)
-    if separator is not None and (kind != ".txt" or not separator):
+    if separator is not None and (kind != ".txt" or not separator or not isinstance(separator, str)):
         raise DataError(f"separator must be text that stands between documents of a .txt file, got {separator!r}")
     if mask_prompt and kind != ".jsonl":
         raise DataError(f"{name}: has no prompts to mask; those of a .jsonl file can be")
@@ -131,6 +131,8 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {getattr(fault, 'strerror', fault)}") from None
     if not raw:
         raise DataError(f"{path}: the file is empty")
+    if raw.startswith(LFS):  # which is text, too
+        raise DataError(f"{path}: {disguise(raw)}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as fault:

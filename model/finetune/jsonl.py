@@ -53,7 +53,7 @@ def _parts(line: str, mask_prompt: bool) -> list[Part]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as fault:
-        raise DataError(f"not valid JSON: {fault.msg} at column {fault.colno}") from None
+        raise DataError(f"not valid JSON: {fault.msg.removesuffix(' at')} at column {fault.colno}") from None
     except (ValueError, RecursionError) as fault:
         raise DataError(f"not valid JSON: {json_fault(fault)}") from None
     if not isinstance(record, dict):

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gpukernels.numbers import whole
 from model.errors import CheckpointError, DataError
 from model.finetune.plot import plot
 from model.finetune.progress import Progress
@@ -183,7 +184,8 @@ def _record(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    known = isinstance(record, dict) and record.get("kind") in ("step", "evaluation") and whole(record.get("step"))
+    return record if known else None
 
 
 def _finite(value: Any) -> Any:

@@ -1,10 +1,9 @@
 """What low-rank adapters a run trains: their rank, their scale, and the layers that have them."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gpukernels.numbers import whole
+from gpukernels.numbers import finite, whole
 from model.adapter import scale_of
 from model.errors import TrainingError
 from model.finetune.trainable import matching
@@ -32,7 +31,7 @@ class Lora:
     def __post_init__(self):
         if not whole(self.rank) or self.rank < 1:
             raise TrainingError(f"the rank of adapters must be a whole number, 1 or more, got {self.rank!r}")
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha) or self.alpha <= 0:
+        if not finite(self.alpha) or self.alpha <= 0:
             raise TrainingError(f"alpha of adapters must be a number above 0, got {self.alpha!r}")
         if isinstance(self.targets, str) or not self.targets:
             raise TrainingError(f"targets of adapters must be a list of patterns, got {self.targets!r}")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gpukernels.numbers import finite
+
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the training loss of every step, its running mean, and the validation losses, as a PNG.
@@ -37,8 +39,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _points(records: Sequence[dict[str, Any]], kind: str, key: str) -> np.ndarray:
-    """(n, 2) of step and value, those without a value left out."""
-    found = [(each["step"], each[key]) for each in records if each["kind"] == kind and each.get(key) is not None]
+    """(n, 2) of step and value, those without a number left out."""
+    found = [(each["step"], each[key]) for each in records if each["kind"] == kind and finite(each.get(key))]
     return np.array(found, np.float64).reshape(-1, 2)
 
 

@@ -72,7 +72,8 @@ class Progress:
         if record.get("skipped"):
             shown.append(f"{record['skipped']} skipped")
         left = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
-        shown.append(f"{timedelta(seconds=round(left))} left")
+        if left < timedelta.max.total_seconds():  # of more epochs than anyone lives to see
+            shown.append(f"{timedelta(seconds=round(left))} left")
         return ", ".join(shown)
 
     def _print(self, line: str) -> None:

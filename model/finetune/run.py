@@ -11,6 +11,7 @@ from rich.console import Console
 
 from model.adapter import products, write_adapter
 from model.errors import DataError, TrainingError
+from model.files import as_path
 from model.finetune import checkpoint
 from model.finetune.adapters import adapters, attach, first_values
 from model.finetune.batches import Batches
@@ -64,7 +65,7 @@ def finetune(
             raise TrainingError("cuda_graph needs a model on CUDA, one process, and heads up to 256 wide")
         if settings.fsdp and world.size == 1:
             raise TrainingError("fsdp shards over several processes: start them with torchrun")
-        out = None if out is None else Path(out)
+        out = None if out is None else as_path("out", out, TrainingError)
         if out is not None and world.leads:
             checkpoint.check_out(out, resume=resume)
         world.wait()

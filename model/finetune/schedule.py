@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from gpukernels.numbers import whole
+from gpukernels.numbers import finite, whole
 from model.errors import ModelError
 
 KINDS = ("constant", "linear", "cosine", "inverse_sqrt")
@@ -40,13 +40,13 @@ class Schedule:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ModelError(f"the schedule must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not _number(self.rate) or self.rate <= 0:
+        if not finite(self.rate) or self.rate <= 0:
             raise ModelError(f"the rate must be a number above 0, got {self.rate!r}")
         if not whole(self.steps) or self.steps < 1:
             raise ModelError(f"the steps must be a whole number, 1 or more, got {self.steps!r}")
         if not whole(self.warmup) or not 0 <= self.warmup <= self.steps:
             raise ModelError(f"the warm-up must be a whole number of steps, 0 to {self.steps}, got {self.warmup!r}")
-        if not _number(self.floor) or not 0 <= self.floor <= self.rate:
+        if not finite(self.floor) or not 0 <= self.floor <= self.rate:
             raise ModelError(f"the floor must be from 0 to the rate {self.rate}, got {self.floor!r}")
 
     def __call__(self, step: int) -> float:
@@ -59,7 +59,3 @@ class Schedule:
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         left = 1 - progress if self.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.floor + (self.rate - self.floor) * left
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

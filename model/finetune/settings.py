@@ -1,11 +1,12 @@
 """What a run of fine-tuning is told, checked before anything is read."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from gpukernels.numbers import whole
+import numpy as np
+
+from gpukernels.numbers import finite, whole
 from model.config import Config
 from model.device import DTYPES
 from model.errors import TrainingError
@@ -13,6 +14,8 @@ from model.finetune.lora import Lora
 from model.finetune.schedule import KINDS, Schedule
 
 OPTIMIZERS = ("adamw", "muon")
+
+_MOST = 2**31  # of anything that is counted: more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ class Settings:
                 continue
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise TrainingError(f"{name} must be a list, got {value!r}")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(map(_plain, value)))
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         problems = [f"{name} must be {fault}, got {getattr(self, name)!r}" for name, fault in self._faults()]
         if problems:
             raise TrainingError(problems)
@@ -151,33 +156,40 @@ class Settings:
         for name in ("epochs", "batch_size", "accumulate"):
             if not _count(getattr(self, name)):
                 yield name, "a whole number, 1 or more"
-        for name in ("context", "max_steps", "evaluate_every", "patience", "save_every"):
+        optional = ("context", "max_steps", "evaluate_every", "patience", "save_every")
+        for name in optional:
             if getattr(self, name) is not None and not _count(getattr(self, name)):
                 yield name, "a whole number, 1 or more, or None"
+        for name in ("epochs", "batch_size", "accumulate", *optional):
+            if _count(getattr(self, name)) and getattr(self, name) > _MOST:
+                yield name, f"at most {_MOST}"
         for name in ("max_time", "clip"):
             value = getattr(self, name)
-            if value is not None and not (_number(value) and value > 0):
+            if value is not None and not (finite(value) and value > 0):
                 yield name, "a number above 0, or None"
-        if not (_number(self.learning_rate) and 0 < self.learning_rate <= 1):
+        if not (finite(self.learning_rate) and 0 < self.learning_rate <= 1):
             yield "learning_rate", "a number above 0 and at most 1"
-        elif not (_number(self.floor) and 0 <= self.floor <= self.learning_rate):
+        elif not (finite(self.floor) and 0 <= self.floor <= self.learning_rate):
             yield "floor", f"a number from 0 to the learning rate {self.learning_rate}"
         for name in ("weight_decay", "eps", "warmup"):
-            if not (_number(getattr(self, name)) and getattr(self, name) >= 0):
+            if not (finite(getattr(self, name)) and getattr(self, name) >= 0):
                 yield name, "a number, 0 or more"
-        if _number(self.warmup) and self.warmup >= 1 and self.warmup != int(self.warmup):
+        if finite(self.warmup) and self.warmup >= 1 and self.warmup != int(self.warmup):
             yield "warmup", "a whole number of steps, or below 1 a share of all"
-        if len(self.betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2 or not all(finite(beta) and 0 <= beta < 1 for beta in self.betas):
             yield "betas", "two numbers from 0 to below 1"
         if self.optimizer not in OPTIMIZERS:
             yield "optimizer", f"one of {', '.join(OPTIMIZERS)}"
         if self.schedule not in KINDS:
             yield "schedule", f"one of {', '.join(KINDS)}"
         for name in ("validation", "dropout"):
-            if not (_number(getattr(self, name)) and 0 <= getattr(self, name) < 1):
+            if not (finite(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 yield name, "a share from 0 to below 1"
         if not (whole(self.seed) and 0 <= self.seed < 2**63):
             yield "seed", "a whole number, 0 or more"
+        for name in ("freeze", "unfreeze", "lora_targets"):
+            if not all(isinstance(pattern, str) for pattern in getattr(self, name) or ()):
+                yield name, "a list of patterns, which are text"
         if not (self.layers is None or isinstance(self.layers, str)):
             yield "layers", 'a range like "2-5", or None'
         if self.dtype not in ("auto", *DTYPES):
@@ -193,10 +205,10 @@ class Settings:
 
     def rates(self, steps: int) -> Schedule:
         """The learning rate of each of so many steps."""
-        warmup = self.warmup if self.warmup >= 1 else round(self.warmup * steps)
+        warmup = int(self.warmup) if self.warmup >= 1 else round(self.warmup * steps)
         if warmup > steps:
             raise TrainingError(f"warmup is {warmup} steps, but the run has only {steps}")
-        return Schedule(self.schedule, self.learning_rate, int(warmup), steps, self.floor)
+        return Schedule(self.schedule, self.learning_rate, warmup, steps, self.floor)
 
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it continues, as JSON has it."""
@@ -209,5 +221,6 @@ def _count(value: Any) -> bool:
     return whole(value) and value >= 1
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _plain(value: Any) -> Any:
+    """Python's own number for one of NumPy's, which checkpoints in JSON and torch's seeds do not take."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -60,8 +60,12 @@ TRACKERS = {"tensorboard": (TensorBoard, "tensorboard"), "wandb": (WeightsAndBia
 
 def check_trackers(names: Sequence[str | Tracker]) -> None:
     """ModelError for a name that is none, and for a tracker whose package is not installed."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ModelError(f"trackers must be a list of names and objects, got {names!r}")
     for name in names:
         if not isinstance(name, str):
+            if not all(callable(getattr(name, method, None)) for method in ("log", "close")):
+                raise ModelError(f"a tracker must be a name, or an object with log and close, got {name!r}")
             continue
         if name not in TRACKERS:
             raise ModelError(f"a tracker must be one of {', '.join(TRACKERS)}, got {name!r}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.errors import TrainingError
+from model.errors import CheckpointError, TrainingError
 from model.finetune import checkpoint
 from model.finetune.batches import Batches
 from model.finetune.distributed import World
@@ -46,6 +46,7 @@ class Progress:
     evaluated: int | None = None  # the step of the last evaluation
     waited: int = 0  # evaluations since the best
     skipped_in_a_row: int = 0
+    loss: float | None = None  # of the last step; None where none was made, or it was not finite
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,7 @@ class Trainer:
         if finite:
             self.optimizer.step(rate, clipping(norm, self.settings.clip) / scale)
         self.scale.update(finite)
+        progress.loss = self.loss if math.isfinite(self.loss) else None
         progress.step += 1
         progress.tokens += targets
         progress.skipped += not finite
@@ -321,10 +323,21 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint of a run that was started alike."""
         document = checkpoint.read_document(folder, self.started)
-        tensors = checkpoint.read_tensors(folder, self.optimizer.state(), self.writers)
-        self.progress, self.scale = Progress(**document["progress"]), LossScale(**document["loss_scale"])
-        self.optimizer.restore(tensors, self.progress.step - self.progress.skipped)
-        if self.progress.best_step is not None:
+        self.progress = checkpoint.numbers(folder, document, "progress", Progress)
+        self.scale = checkpoint.numbers(folder, document, "loss_scale", LossScale)
+        progress, wanted = self.progress, self.optimizer.state()
+        if folder.name != f"checkpoint-{progress.step}" or progress.skipped > progress.step:
+            counts = f"step {progress.step} with {progress.skipped} skipped"
+            raise CheckpointError(f"{folder}: says that it is of {counts}, which cannot be")
+        if self.scale.value <= 0:
+            raise CheckpointError(f"{folder}: has the loss scale {self.scale.value}, which must be above 0")
+        self.loss = math.nan if progress.loss is None else progress.loss
+        if progress.best_step is not None:
+            parameter = self.optimizer.parameter
+            wanted |= {f"best/{name}": self.optimizer.view(parameter, name) for name in self.optimizer.places}
+        tensors = checkpoint.read_tensors(folder, wanted, self.writers)
+        self.optimizer.restore(tensors, progress.step - progress.skipped)
+        if progress.best_step is not None:
             self.best = torch.zeros_like(self.optimizer.buffers()["weight"], device="cpu")
             for name in self.optimizer.places:
                 self.optimizer.view(self.best, name).copy_(tensors[f"best/{name}"])

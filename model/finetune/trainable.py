@@ -14,7 +14,7 @@ from rich.table import Table
 from model.errors import ModelError
 
 _LAYERED = re.compile(r"blocks\.(\d+)\.(.+)")
-_RANGE = re.compile(r"(\d+)(?:(-)(\d+)?)?")
+_RANGE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?")
 
 
 def select(

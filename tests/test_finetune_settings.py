@@ -1,0 +1,65 @@
+"""The options of a run: numbers of any kind and size, and lists, before anything is read."""
+
+import numpy as np
+import pytest
+from finetuning import QUIET, folder_of, load
+
+from model.errors import ModelError, TrainingError
+from model.finetune.progress import Progress
+from model.finetune.settings import Settings
+
+NUMBERS = ("learning_rate", "warmup", "floor", "weight_decay", "eps", "clip", "max_time", "dropout", "validation")
+COUNTS = ("epochs", "batch_size", "context", "accumulate", "max_steps", "evaluate_every", "patience", "save_every")
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *COUNTS, "seed"])
+def test_an_integer_beyond_all_floats_is_refused_by_name(name):
+    with pytest.raises(TrainingError, match=f"^{name} must be .*, got 1000"):
+        Settings.of({name: 10**400})
+
+
+def test_an_integer_beyond_all_floats_is_no_beta_and_no_alpha():
+    with pytest.raises(TrainingError, match="betas must be two numbers"):
+        Settings.of({"betas": (0.9, 10**400)})
+    with pytest.raises(TrainingError, match="alpha of adapters must be a number above 0"):
+        Settings.of({"lora_rank": 2, "lora_alpha": 10**400})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_more_than_anyone_counts_is_refused(name):
+    with pytest.raises(TrainingError, match=f"{name} must be at most 2147483648, got 2147483649"):
+        Settings.of({name: 2**31 + 1})
+
+
+def test_a_run_of_ages_has_a_line_of_figures():
+    line = Progress(2**62, 0, QUIET).line({"step": 1, "loss": 1.0})
+    assert "step 1/" in line
+    assert "left" not in line
+
+
+@pytest.mark.parametrize("name", ["freeze", "unfreeze", "lora_targets"])
+@pytest.mark.parametrize("value", [[5], ["blocks.*", None]])
+def test_a_pattern_that_is_no_text_is_refused(name, value):
+    with pytest.raises(TrainingError, match=f"{name} must be a list of patterns, which are text"):
+        Settings.of({"lora_rank": 2 if name == "lora_targets" else None, name: value})
+
+
+def test_layers_of_thousands_of_digits_are_refused(tmp_path):
+    lm = load(folder_of(tmp_path / "model"))
+    with pytest.raises(ModelError, match="layers must be like"):
+        lm.finetune(np.arange(60), layers="9" * 5000, context=24, console=QUIET)
+
+
+def test_numpys_numbers_are_pythons_in_the_checkpoints(tmp_path):
+    """A sweep over `np.arange` or `np.logspace`: JSON has none of NumPy's numbers, nor has torch's seed."""
+    lm, ids = load(folder_of(tmp_path / "model")), np.arange(400) % 97
+    counts = dict.fromkeys(("epochs", "batch_size", "accumulate", "save_every", "evaluate_every"), np.int64(1))
+    options = {**counts, "context": np.int32(24), "seed": np.uint8(3), "max_steps": np.int64(2)}
+    options |= {"learning_rate": np.float32(1e-3), "dropout": np.float64(0), "betas": (np.float32(0.9), 0.99)}
+    options |= {"lora_rank": np.int64(2), "recompute": np.bool_(False)}
+    out = tmp_path / "out"
+    assert lm.finetune(ids, out=out, console=QUIET, **{**options, "max_time": np.float32(1e-9)}).reason == "max_time"
+    lm = load(tmp_path / "model")
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    plain["betas"] = (float(np.float32(0.9)), 0.99)
+    assert lm.finetune(ids, out=out, resume=True, console=QUIET, **plain).reason == "finished"
