@@ -128,7 +128,8 @@ def test_verifying_without_a_gpu_is_refused_in_one_line(run, monkeypatch):
         (["--op", "conv"], "--op must be one of layer_norm, rms_norm"),
         (["--dtype", "int8"], "--dtype must be one of float16, bfloat16, float32, got int8"),
         (["--device", "cpu", "--dtype", "bfloat16"], "--dtype bfloat16: NumPy has no such type"),
-        (["--device", "xpu"], "--device must be cuda, cuda:1 (or another number), or cpu, got 'xpu'"),
+        (["--device", "xpu"], "--device must be cuda, cuda:1 (or another number), cpu, or sm_90, got 'xpu'"),
+        (["--device", "sm_70"], "--device: what can be emulated is sm_80, sm_89, sm_90, got 'sm_70'"),
         (["--device", "cuda:first"], "got 'cuda:first'"),
     ],
 )

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 from triton.runtime import driver
 
-from gpukernels.compile_report.chips import checked
+from gpukernels.compile_report.chips import CHIPS, checked
 from gpukernels.emulator.launching import EmulatingDriver
 from gpukernels.kernels.device import INTERPRETING
 from gpukernels.ops.checks import kernel_devices
 
-#: Compute capabilities whose tensor cores are written down here.
-CAPABILITIES = (80, 89, 90)
+#: The GPUs whose tensor cores are written down here: names by compute capability.
+CAPABILITIES = {each: CHIPS[each].name for each in (80, 89, 90)}
 
 
 @contextlib.contextmanager

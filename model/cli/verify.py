@@ -87,7 +87,6 @@ def _device(device: str) -> tuple[Any, str, int | None]:
     import triton
 
     if emulated:
-        from gpukernels.compile_report.chips import CHIPS
         from gpukernels.emulator import CAPABILITIES
 
         capability = int(emulated[1])
@@ -96,7 +95,7 @@ def _device(device: str) -> tuple[Any, str, int | None]:
             raise ModelError(f"--device: what can be emulated is {known}, got {device!r}")
         if triton.knobs.runtime.interpret:
             raise ModelError(f"--device {device} runs compiled kernels, and TRITON_INTERPRET is set: unset it")
-        return torch.device("cpu"), f"an emulated {CHIPS[capability].name} ({device})", capability
+        return torch.device("cpu"), f"an emulated {CAPABILITIES[capability]} ({device})", capability
     if triton.knobs.runtime.interpret:
         return torch.device("cpu"), "Triton's interpreter on the CPU", None
     reason = why_no_cuda()

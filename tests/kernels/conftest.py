@@ -5,14 +5,16 @@ without a GPU, its tests are not collected. Every allocation of a launcher is fu
 between guard bands, and a masked load without `other=` reads NaN.
 """
 
-import contextlib
-
 import pytest
 import torch
 from kernel_cases import DEVICE, EMULATE, RUNNABLE
 
 from gpukernels.emulator import emulated
 from gpukernels.verify.allocations import guarded
+
+if EMULATE:  # from here on in this process
+    _emulation = emulated(EMULATE)
+    _emulation.__enter__()
 
 collect_ignore_glob = [] if RUNNABLE else ["test_*.py"]
 
@@ -21,12 +23,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if DEVICE == "cuda" and "tests/kernels" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def emulation():
-    with emulated(EMULATE) if EMULATE else contextlib.nullcontext():
-        yield
 
 
 @pytest.fixture(autouse=True)

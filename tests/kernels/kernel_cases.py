@@ -45,3 +45,10 @@ def check_gradients(op: str, arrays: dict, *, layout: str = "contiguous", **opti
     for each in backward(op, arrays, lay=LAYOUTS[layout], **options):
         worst = each.errors().max(initial=0)
         assert worst <= 1, f"{op}: {each.what} is off by {worst} times the bound"
+
+
+def but_for_rounding(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether results of two binaries are one: the compiler fuses other products and sums in each."""
+    x, y = x.detach(), y.detach()
+    most = 4 * torch.finfo(x.dtype).eps * float(y.abs().max())
+    return x.shape == y.shape and x.dtype == y.dtype and float((x.double() - y.double()).abs().max()) <= most

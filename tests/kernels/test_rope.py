@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from kernel_cases import DEVICE, HALF, KINDS, SINGLE, check_gradients, ids
+from kernel_cases import DEVICE, HALF, KINDS, SINGLE, but_for_rounding, check_gradients, ids
 from truth import check
 
 import gpukernels
@@ -148,7 +148,7 @@ def test_a_gradient_is_the_turn_back_and_has_gradients_itself():
     dy = SINGLE.draw(*x.shape, seed=1).requires_grad_()
     (dx,) = torch.autograd.grad(gpukernels.rope(x, **given), x, dy, create_graph=True)
     back = gpukernels.rope(dy, given["positions"], frequencies=-given["frequencies"])
-    assert torch.equal(dx, back)
+    assert but_for_rounding(dx, back)
     (ddy,) = torch.autograd.grad(dx, dy, x.detach())
     assert torch.equal(ddy, gpukernels.rope(x, **given))
     there_and_back = gpukernels.rope(gpukernels.rope(x, **given), given["positions"], frequencies=-given["frequencies"])
