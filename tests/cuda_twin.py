@@ -108,9 +108,12 @@ class Twin:
         self.happened.append("launch")
         for number in list(self._pending):
             self._finish(number)
-        getattr(library(*codes), kernel)(*map(ctypes.c_longlong, (blocks, *arguments)))
+        self.run(kernel, codes, blocks, arguments)
         # What a later kernel read without a copy of its own would show.
         self._memory[arguments[0]][:] = 0xFF
+
+    def run(self, kernel: str, codes: tuple[int, int], blocks: int, arguments: tuple[int, ...]) -> None:
+        getattr(library(*codes), kernel)(*map(ctypes.c_longlong, (blocks, *arguments)))
 
     def address(self, tensor: Any) -> int:
         return tensor.ctypes.data

@@ -145,12 +145,29 @@ def lanes():
             np.maximum(np.arange(32) - 3, np.arange(32) % 3 * (np.arange(32) < 3)),
         ),
         ("shfl.sync.idx.b32 %r5, %r90, 7, 31, -1;", np.full(32, 7)),
+        ("shfl.sync.down.b32 %r5, %r90, 2, 31, -1;", np.where(lanes() < 30, lanes() + 2, lanes())),
+        # In parts of 8 lanes: the upper three bits of a lane's number stay.
+        ("shfl.sync.down.b32 %r5, %r90, 2, 6175, -1;", np.where(lanes() % 8 < 6, lanes() + 2, lanes())),
+        ("shfl.sync.idx.b32 %r5, %r90, 9, 6175, -1;", lanes() // 8 * 8 + 1),
+        ("shfl.sync.up.b32 %r9|%p1, %r90, 3, 0, -1; selp.b32 %r5, 1, 0, %p1;", lanes() >= 3),
         ("redux.sync.add.s32 %r5, %r90, -1;", np.full(32, 31 * 16)),
         ("redux.sync.min.s32 %r5, %r90, 240;", np.full(32, 4)),
         ("elect.sync %r5|%p1, -1; selp.b32 %r5, 1, 0, %p1;", lanes() == 0),
         ("mov.u32 %r5, %laneid;", lanes()),
     ],
-    ids=["bfly", "up", "idx", "redux", "redux of some", "elect", "laneid"],
+    ids=[
+        "bfly",
+        "up",
+        "idx",
+        "down",
+        "down in parts",
+        "idx in parts",
+        "up, who",
+        "redux",
+        "redux of some",
+        "elect",
+        "laneid",
+    ],
 )
 def test_lanes(text, wanted):
     assert run(text, blocks=2)[:, 0].tolist() == wanted.tolist() * 2

@@ -37,9 +37,11 @@ def wanted(source: np.ndarray, format: str, dtype: str) -> np.ndarray:
     return out
 
 
-def uploaded(sources: list, format: str, dtype: str, nbytes: int, offset: int = 0) -> tuple[list, list, Twin]:
+def uploaded(
+    sources: list, format: str, dtype: str, nbytes: int, offset: int = 0, side: Twin | None = None
+) -> tuple[list, list, Twin]:
     """Each (array, transposed) on its way; what arrives between guard bands, the losses, and the side."""
-    twin = Twin()
+    twin = side or Twin()
     upload, results = Upload(twin, len(sources), dtype=dtype, nbytes=nbytes), []
     for source, transposed in sources:
         shape = source.shape[::-1] if transposed else source.shape

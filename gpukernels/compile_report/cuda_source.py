@@ -23,7 +23,21 @@ def compile_cuda(
         ModuleNotFoundError: CuPy is not installed.
         ValueError: an unknown capability; a source that NVRTC refuses, with its log.
     """
-    checked("compile_cuda", capability)
+    function, cubin = _compiled("compile_cuda", source, name, capability, options, "getCUBIN")
+    # CuPy takes the last byte for the end of a string. The format's last table ends there, with zeros.
+    compiled = Compiled(cubin + b"\0", 0, -(-threads // 32), 1, function)
+    kept = RESERVED if capability >= 90 else 0
+    return compiled._replace(shared_memory=max(0, compiled.static_shared_memory - kept))
+
+
+def cuda_ptx(source: str, name: str, capability: int, options: tuple[str, ...] = ()) -> tuple[str, str]:
+    """As `compile_cuda`: the kernel's name in the PTX of a source, and the PTX."""
+    function, text = _compiled("cuda_ptx", source, name, capability, options, "getPTX")
+    return function, text.decode() if isinstance(text, bytes) else text
+
+
+def _compiled(who: str, source: str, name: str, capability: int, options: tuple[str, ...], form: str) -> tuple:
+    checked(who, capability)
     import cupy
     from cupy_backends.cuda.libs import nvrtc
 
@@ -35,13 +49,9 @@ def compile_cuda(
     try:
         nvrtc.addNameExpression(program, name)
         nvrtc.compileProgram(program, (*usual, f"-arch=sm_{capability}", *options))
-        function, cubin = nvrtc.getLoweredName(program, name), nvrtc.getCUBIN(program)
+        return nvrtc.getLoweredName(program, name), getattr(nvrtc, form)(program)
     except nvrtc.NVRTCError as fault:
         log = nvrtc.getProgramLog(program).strip()
-        raise ValueError(f"compile_cuda: NVRTC refuses {name}: {log or fault}") from None
+        raise ValueError(f"{who}: NVRTC refuses {name}: {log or fault}") from None
     finally:
         nvrtc.destroyProgram(program)
-    # CuPy takes the last byte for the end of a string. The format's last table ends there, with zeros.
-    compiled = Compiled(cubin + b"\0", 0, -(-threads // 32), 1, function)
-    kept = RESERVED if capability >= 90 else 0
-    return compiled._replace(shared_memory=max(0, compiled.static_shared_memory - kept))

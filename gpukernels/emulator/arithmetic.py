@@ -10,8 +10,8 @@ _UNSUPPORTED = {"rz", "rm", "rp", "sat", "relu", "xorsign"}
 
 
 def move(w: Writer) -> None:
-    """`mov`, which also takes words apart and puts them together."""
-    kind, (into, source) = w.parts[-1], w.operands
+    """`mov`, which also takes words apart and puts them together; `cvta`: an address has one form only."""
+    kind, into, source = w.parts[-1], *w.operands
     width = bits_of(kind)
     if into.startswith("{"):
         parts = several(into)

@@ -53,6 +53,11 @@ class Code:
         return self._symbols.local_bytes
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block that the code declares."""
+        return self._symbols.shared_bytes
+
+    @property
     def ranges(self) -> list[tuple[int, int]]:
         """Addresses and sizes of the arrays that the code brings with it."""
         return [(each.ctypes.data, each.nbytes) for each in self._constants.values()]

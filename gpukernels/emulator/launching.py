@@ -81,14 +81,14 @@ def execute(
         threads: of a program, whole warps.
         parameters: unsigned integers of NumPy by the bits of each, and `Descriptor`s; those that are missing are 0.
         ranges: addresses and sizes of what it may touch.
-        shared: bytes of shared memory.
+        shared: bytes of shared memory that the launch gives each program, in place of what the code declares.
         seed: as in `emulated`.
         together: whether programs wait for one another, so that all must run at once.
 
     Raises:
         MemoryFault, Race: as `emulated` does.
     """
-    programs = grid[0] * grid[1] * grid[2]
+    programs, shared = grid[0] * grid[1] * grid[2], shared or code.shared_bytes
     kinds = [kind for _, kind in code.kernel.parameters[len(parameters) :]]
     parameters = parameters + [np.uint64(0) if kind.endswith("64") else np.uint32(0) for kind in kinds]
     memory = GlobalMemory([*ranges, *code.ranges], threads)

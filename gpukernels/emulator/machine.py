@@ -97,7 +97,7 @@ class Machine:
         rows = np.arange(self.count)[who]
         return (rows * self.local.shape[1] + addresses.astype(np.int64) % 65536) // size
 
-    def atomic(self, operation, signed, addresses, mask, values, new=None):
+    def atomic(self, space, operation, signed, addresses, mask, values, new=None):
         """One thread after the other: what was there before. `new`: of a compare-and-swap."""
         kind = np.dtype(f"{'i' if signed else 'u'}{values.dtype.itemsize}")
         old = np.zeros(self.count, values.dtype)
@@ -112,7 +112,10 @@ class Machine:
             }
             if operation not in change:
                 raise NotImplementedError(f"atom.{operation}")
-            old[i] = self.memory.atomic(addresses[i], values.dtype, change[operation])
+            if space == "global":
+                old[i] = self.memory.atomic(addresses[i], values.dtype, change[operation])
+            else:
+                old[i] = self.shared.atomic(self.block[i], addresses[i], values.dtype, change[operation])
         return old
 
     # Copies that are waited for.
@@ -154,12 +157,21 @@ class Machine:
                 raise RuntimeError("an instruction for whole warps runs in a part of one")
         return x.reshape(-1, 32)
 
-    def shuffle(self, kind, x, by, mask):
-        """`shfl.sync` of whole warps: each lane gets another's x."""
-        rows, by = self.lanes(x, mask), by.reshape(-1, 32).astype(np.int64)
-        lanes = np.arange(32)
-        source = {"bfly": lanes ^ by, "up": lanes - by, "down": lanes + by, "idx": by & 31}[kind]
-        return np.take_along_axis(rows, np.where((source >= 0) & (source < 32), source, lanes), 1).reshape(-1)
+    def shuffle(self, kind, x, by, clamp, mask):
+        """`shfl.sync` of whole warps: each lane gets another's x, or its own where that is outside of its part."""
+        rows, by, clamp = (
+            self.lanes(x, mask),
+            by.reshape(-1, 32).astype(np.int64),
+            clamp.reshape(-1, 32).astype(np.int64),
+        )
+        lane, segment = np.arange(32), clamp >> 8 & 31
+        last = lane & segment | clamp & 31 & ~segment
+        source = {"bfly": lane ^ by, "up": lane - by, "down": lane + by, "idx": lane & segment | by & 31 & ~segment}[
+            kind
+        ]
+        inside = source >= last if kind == "up" else source <= last
+        found = np.take_along_axis(rows, np.where(inside, source, lane), 1)
+        return found.reshape(-1), inside.reshape(-1)
 
     def reduce(self, kind, x, members, mask):
         """`redux.sync` over the lanes whose bits are set in `members`."""

@@ -117,3 +117,11 @@ class SharedMemory:
     def store(self, block, addresses, values) -> None:
         size, count = values.dtype.itemsize, values.shape[1]
         self._views[size][self.places(block, addresses, size, count)] = values
+
+    def atomic(self, block: int, address: int, dtype: np.dtype, change: Callable):
+        """As of `GlobalMemory`."""
+        at = self.places(block, np.array([address]), dtype.itemsize)[0, 0]
+        view = self._views[dtype.itemsize]
+        before = view[at]
+        view[at] = change(before)
+        return before

@@ -34,6 +34,7 @@ class Kernel(NamedTuple):
     parameters: tuple[tuple[str, str], ...]  # name and type: ("..._param_0", "u64"), or "b8[128]" of a descriptor
     registers: dict[str, str]  # "%r1": "b32"
     local: dict[str, int]  # bytes a thread, by symbol
+    shared: dict[str, int]  # bytes a block, of what the code declares
     constants: dict[str, bytes]  # of global arrays with a value
     blocks: tuple[Block, ...]
     labels: dict[str, int]  # the block behind each label
@@ -51,8 +52,8 @@ class Kernel(NamedTuple):
         return behind + ([block + 1] if block + 1 < len(self.blocks) else [])
 
 
-def parse(text: str) -> Kernel:
-    """The one kernel of a PTX module.
+def parse(text: str, name: str | None = None) -> Kernel:
+    """A kernel of a PTX module; without a name the only one.
 
     Raises:
         ValueError: a line that is not understood.
@@ -62,11 +63,12 @@ def parse(text: str) -> Kernel:
         name: bytes(int(value) for value in values.split(","))
         for name, values in re.findall(r"^\.global .*?\.b8 (\S+)\[\d+\] = \{([^}]*)\};", text, re.MULTILINE)
     }
-    head = re.search(r"\.visible \.entry (\S+?)\(([^)]*)\)", text)
+    shared = {each: int(size) for each, size in re.findall(r"\.shared \.align \d+ \.b8 (\w+)\[(\d+)\];", text)}
+    head = re.search(rf"\.visible \.entry ({re.escape(name) if name else '[^(]+'})\(([^)]*)\)", text)
     parameters = tuple(_parameter(line) for line in head[2].split("\n") if ".param" in line)
     start = text.index("{", head.end())
     first_line = text.count("\n", 0, start) + 1
-    body = text[start:].split("\t// -- End function")[0]
+    body = text[start : _end(text, start)]
 
     registers: dict[str, str] = {}
     local: dict[str, int] = {}
@@ -93,14 +95,24 @@ def parse(text: str) -> Kernel:
                     registers[scopes[-1][name]] = found[1]
         elif found := re.fullmatch(r"\.local .*\.b8\s+(\w+)\[(\d+)\]", line):
             local[found[1]] = int(found[2])
-        elif line.startswith("."):
+        elif line.startswith("."):  # what is said of shared memory has been read
             continue
         elif found := re.fullmatch(r"([\w$.]+):", line):
             statements.append(scopes[-1].own(found[1]))
         else:
             statements.append(_instruction(line, number, source, scopes))
     blocks, labels = _blocks(statements)
-    return Kernel(head[1], target, parameters, registers, local, constants, blocks, labels)
+    return Kernel(head[1], target, parameters, registers, local, shared, constants, blocks, labels)
+
+
+def _end(text: str, start: int) -> int:
+    """Behind the brace that closes the one at `start`."""
+    depth = 0
+    for found in re.finditer(r"[{}]|//[^\n]*", text[start:]):
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
+        if depth == 0 and found[0] == "}":
+            return start + found.end()
+    raise ValueError("PTX: a kernel's body does not end")
 
 
 def _parameter(line: str) -> tuple[str, str]:

@@ -15,7 +15,8 @@ def load(w: Writer) -> None:
         name, offset = w.address(w.operands[1])
         if offset:
             raise Unsupported("a part of a parameter")
-        w.assign(into[0], f"np.full(m.count, m.parameters[{w.symbols.parameters[name]}]){signed}", kind)
+        whole = f"np.full(m.count, m.parameters[{w.symbols.parameters[name]}])"
+        w.assign(into[0], f"{whole}.astype(np.uint{width}){signed}", kind)  # of a longer one, the lower part
         return
     place = w.place(w.operands[1], 64 if space == "global" else 32)
     w.lines.append(f"L = m.load_{space}({place}, {w.mask}, {width // 8}, {len(into)})")
@@ -117,11 +118,12 @@ def lanes(w: Writer) -> None:
     """`shfl`, `redux` and `elect`: between the threads of a warp."""
     first, ops = w.parts[0], w.operands
     if first == "shfl":
-        if "|" in ops[0] or ops[3] not in ("31", "0"):
-            raise Unsupported("shfl in parts of a warp, or with a predicate")
-        w.assign(
-            ops[0], f"m.shuffle({w.parts[2]!r}, {w.full(ops[1], 'b32')}, {w.full(ops[2], 'u32')}, {w.mask})", "b32"
-        )
+        numbers = ", ".join(w.full(each, "b32") for each in ops[1:4])
+        into, *inside = ops[0].split("|")
+        w.lines.append(f"L = m.shuffle({w.parts[2]!r}, {numbers}, {w.mask})")
+        w.assign(into, "L[0]", "b32")
+        if inside:
+            w.assign(inside[0], "L[1]", "pred")
     elif first == "redux":
         kind = w.parts[-1]
         x = w.full(ops[1], kind) if kind[0] == "u" else f"{w.full(ops[1], 'b32')}.view(np.int32)"
@@ -136,12 +138,14 @@ def lanes(w: Writer) -> None:
 
 
 def atomic(w: Writer) -> None:
-    """`atom` and `red`, on global memory."""
+    """`atom` and `red`"""
     kind, returns = w.parts[-1], w.parts[0] == "atom"
-    if _space(w) != "global" or kind[0] == "f":
+    space = _space(w)
+    if space not in ("global", "shared") or kind[0] == "f":
         raise Unsupported(w.name)
     place, *given = w.operands[returns:]
     numbers = ", ".join(w.full(each, f"b{bits_of(kind)}") for each in given)
-    w.lines.append(f"L = m.atomic({w.parts[-2]!r}, {kind[0] == 's'}, {w.place(place, 64)}, {w.mask}, {numbers})")
+    place = w.place(place, 64 if space == "global" else 32)
+    w.lines.append(f"L = m.atomic({space!r}, {w.parts[-2]!r}, {kind[0] == 's'}, {place}, {w.mask}, {numbers})")
     if returns:
         w.assign(w.operands[0], "L", f"b{bits_of(kind)}")

@@ -43,10 +43,16 @@ class Symbols:
         self.addresses = {"global_smem": SHARED_BASE}
         self.addresses |= {name: PARAMETER_BASE + PARAMETER_STEP * i for name, i in self.parameters.items()}
         self.addresses |= {name: array.ctypes.data for name, array in constants.items()}
-        self.local_bytes = 0
-        for name, size in kernel.local.items():
-            self.addresses[name] = self.local_bytes
-            self.local_bytes += -(-size // 8) * 8
+        self.local_bytes = self._lay(kernel.local, 0)
+        self.shared_bytes = self._lay(kernel.shared, SHARED_BASE)
+
+    def _lay(self, sizes: Mapping[str, int], start: int) -> int:
+        """Gives each name an address from `start` on; how many bytes they take."""
+        end = start
+        for name, size in sizes.items():
+            self.addresses[name] = end
+            end += -(-size // 16) * 16
+        return end - start
 
 
 class Writer:
