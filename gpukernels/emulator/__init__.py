@@ -36,7 +36,11 @@ def emulated(capability: int, *, seed: int | None = 0, multiprocessors: int | No
     Yields the driver, whose `ran` counts launches by kernel.
 
     Numerics: tensor cores add in float32 and cut off, as they do; ex2, division and the like are off by as much as
-    they may be. Slow: a launch takes seconds. Programs of a launch run in batches, in order.
+    they may be. Slow: a launch takes a tenth of a second to some seconds. Programs run in batches, in order, and a
+    launch ends before the next one starts.
+
+    What it does not see: races in shared memory, which Triton's compiler keeps apart; products and tiles in the
+    background that are used before they are waited for (of `cp.async` it does); fences that are missing.
 
     Raises:
         ValueError: another capability.

@@ -151,6 +151,7 @@ class Machine:
     # Within a warp.
 
     def lanes(self, x, mask):
+        """x (warps, 32), where whole warps run."""
         if mask is not None:
             active = mask.reshape(-1, 32)
             if (active.any(1) != active.all(1)).any():
@@ -159,16 +160,12 @@ class Machine:
 
     def shuffle(self, kind, x, by, clamp, mask):
         """`shfl.sync` of whole warps: each lane gets another's x, or its own where that is outside of its part."""
-        rows, by, clamp = (
-            self.lanes(x, mask),
-            by.reshape(-1, 32).astype(np.int64),
-            clamp.reshape(-1, 32).astype(np.int64),
-        )
-        lane, segment = np.arange(32), clamp >> 8 & 31
+        rows, lane = self.lanes(x, mask), np.arange(32)
+        by, clamp = (each.reshape(-1, 32).astype(np.int64) for each in (by, clamp))
+        segment = clamp >> 8 & 31  # these bits of a lane's number stay as they are
         last = lane & segment | clamp & 31 & ~segment
-        source = {"bfly": lane ^ by, "up": lane - by, "down": lane + by, "idx": lane & segment | by & 31 & ~segment}[
-            kind
-        ]
+        at = lane & segment | by & 31 & ~segment
+        source = {"bfly": lane ^ by, "up": lane - by, "down": lane + by, "idx": at}[kind]
         inside = source >= last if kind == "up" else source <= last
         found = np.take_along_axis(rows, np.where(inside, source, lane), 1)
         return found.reshape(-1), inside.reshape(-1)
@@ -187,6 +184,7 @@ class Machine:
         return np.repeat(found, 32)
 
     def elect(self, mask):
+        """`elect.sync`: the first lane of each warp that runs, and whether that is this one."""
         active = np.ones(self.count, bool) if mask is None else mask
         rows = active.reshape(-1, 32)
         leader = np.where(rows.any(1), rows.argmax(1), 0)

@@ -1,6 +1,6 @@
 """PTX text, taken apart: a kernel's parameters, registers, shared memory, and basic blocks of instructions.
 
-The syntax is that of the PTX ISA 8.7, as far as Triton's compiler writes it.
+The syntax is that of the PTX ISA 8.7, as far as LLVM and NVRTC write it.
 """
 
 import re
@@ -52,8 +52,8 @@ class Kernel(NamedTuple):
         return behind + ([block + 1] if block + 1 < len(self.blocks) else [])
 
 
-def parse(text: str, name: str | None = None) -> Kernel:
-    """A kernel of a PTX module; without a name the only one.
+def parse(text: str, entry: str | None = None) -> Kernel:
+    """A kernel of a PTX module; without `entry`, its name, the only one.
 
     Raises:
         ValueError: a line that is not understood.
@@ -64,7 +64,7 @@ def parse(text: str, name: str | None = None) -> Kernel:
         for name, values in re.findall(r"^\.global .*?\.b8 (\S+)\[\d+\] = \{([^}]*)\};", text, re.MULTILINE)
     }
     shared = {each: int(size) for each, size in re.findall(r"\.shared \.align \d+ \.b8 (\w+)\[(\d+)\];", text)}
-    head = re.search(rf"\.visible \.entry ({re.escape(name) if name else '[^(]+'})\(([^)]*)\)", text)
+    head = re.search(rf"\.visible \.entry ({re.escape(entry) if entry else '[^(]+'})\(([^)]*)\)", text)
     parameters = tuple(_parameter(line) for line in head[2].split("\n") if ".param" in line)
     start = text.index("{", head.end())
     first_line = text.count("\n", 0, start) + 1

@@ -6,7 +6,6 @@ How elements lie in the threads' registers: PTX ISA 8.7, "Matrix multiply-accumu
 import numpy as np
 
 from gpukernels.emulator import values
-from gpukernels.emulator.memory import SHARED_BASE
 
 
 def truncated(x: np.ndarray) -> np.ndarray:
@@ -157,6 +156,3 @@ def wgmma(machine, mask, given, a, b, keep, columns, kind, scale_a, scale_b, *tr
             d = d + c
         result[:, group] = truncated(d)[row, column]
     return result.reshape(len(given), -1)
-
-
-assert SHARED_BASE % 1024 == 0  # patterns of 1024 bytes start where the memory does
