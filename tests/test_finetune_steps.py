@@ -307,6 +307,16 @@ def test_the_loss_scale_changes_no_gradient(lm):
     assert torch.equal(gradient_of(run), 2.0**10 * plain)
 
 
+def test_weights_that_are_not_finite_are_refused_before_a_step(lm, tmp_path):
+    weight = lm.parameters["blocks.1.up.weight"].copy()
+    weight[3, :2] = math.nan, math.inf
+    lm.parameters["blocks.1.up.weight"] = weight
+    before = weight.copy()
+    with pytest.raises(TrainingError, match=r"blocks.1.up.*: 2 of \d+ numbers are infinite or NaN"):
+        lm.finetune(rows(4), out=tmp_path / "out")
+    np.testing.assert_array_equal(lm.parameters["blocks.1.up.weight"], before)
+
+
 def test_a_run_that_has_diverged_ends_with_a_sentence(lm):
     run = trainer(lm, documents(40), batch_size=1, epochs=5, dtype=torch.float32)
     with torch.no_grad():

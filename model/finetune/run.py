@@ -81,6 +81,8 @@ def finetune(
             needs = _needs(lm, settings, chosen, dtype, tokens=min(settings.batch_size, len(train.tokens)) * context)
             stack.enter_context(room_for(parameters.device, needs, "training", REMEDY))
         network = _network(lm, settings, chosen, dtype, device, world)
+        if not settings.fsdp:
+            _check_finite(network)
         trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
         console.print(table(sizes, trained, tied="head.weight" not in parameters))
@@ -156,6 +158,17 @@ def _documents(
         if (name == "training" or wanted) and not any(each.wanted[1:].any() for each in documents):
             raise DataError(f"{name}: no document has a token that follows another: there is nothing to predict")
     return train, validation
+
+
+def _check_finite(network: torch.nn.Module) -> None:
+    """Weights of which no step could come: a run would call that divergence."""
+    for name, parameter in network.named_parameters():
+        wrong = int((~parameter.detach().isfinite()).sum())
+        if wrong:
+            raise TrainingError(
+                f"{name}: {wrong} of {parameter.numel()} numbers are infinite or NaN, and so would every loss be; "
+                "gpukernels check --audit MODEL counts them by tensor"
+            )
 
 
 def _chosen(lm: "LanguageModel", settings: Settings) -> set[str] | list[str]:
