@@ -206,8 +206,7 @@ def test_what_a_row_counts_is_read_by_all_threads_before_one_writes_it(names, vo
     counted = [i for i, name in enumerate(listing) if name == "STG.E"]
     barrier = max(i for i, name in enumerate(listing[: counted[0]]) if name.startswith("BAR"))
     assert len(counted) == 1 + bool(names)
-    # One thread reads the step that it writes; nothing else of 4 bytes is loaded behind the barrier.
-    assert listing[barrier:].count("LDG.E") == bool(names)
+    assert listing[barrier:].count("LDG.E") == 0  # nothing of 4 bytes is loaded behind the barrier
 
 
 @pytest.mark.parametrize("heads", [8, 2], ids=["own keys", "shared keys"])
