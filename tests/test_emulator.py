@@ -12,10 +12,8 @@ from ptx import run
 
 from gpukernels.compile_report.chips import CHIPS
 from gpukernels.emulator import CAPABILITIES, emulated, machine
-from gpukernels.emulator.memory import MemoryFault
+from gpukernels.emulator.faults import MemoryFault, Race, Unsupported
 from gpukernels.emulator.order import ranks
-from gpukernels.emulator.races import Race
-from gpukernels.emulator.writer import Unsupported
 from gpukernels.kernels.device import gpu
 
 
@@ -276,6 +274,7 @@ FIRST = "setp.eq.b32 %p1, %r90, 0;"
         ("$L_1: bra.uni $L_1;", RuntimeError, "something that never comes"),
         ("vabsdiff.u32 %r5, %r1, %r2;", Unsupported, r"kernel, line \d+ of the PTX: vabsdiff.u32 %r5, %r1, %r2"),
         ("mul.rz.f32 %r5, %r1, %r2;", Unsupported, "mul.rz.f32"),
+        ("atom.global.gpu.relaxed.inc.u32 %r9, [%rd1], 1;", Unsupported, r"kernel, :7: atom.inc \(atom"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(text, fault, message, monkeypatch):

@@ -1,6 +1,7 @@
 """Instructions that make a value of values: arithmetic, logic, comparisons and conversions."""
 
-from gpukernels.emulator.writer import KINDS, Unsupported, Writer, bits_of, is_float, several
+from gpukernels.emulator.faults import Unsupported
+from gpukernels.emulator.writer import KINDS, Writer, bits_of, is_float, several
 
 _SIGNS = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>"}
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -154,13 +155,13 @@ def _float(w: Writer, first: str, kind: str, flags: set[str]) -> tuple[str, str]
     if first == "abs":
         return f"np.abs({x[0]})", kind
     if first == "div":
-        return (f"m.approximate.divide({x[0]}, {x[1]})" if flags & {"full", "approx"} else f"({x[0]} / {x[1]})"), kind
+        return (f"m.approximately_divide({x[0]}, {x[1]})" if flags & {"full", "approx"} else f"({x[0]} / {x[1]})"), kind
     if first == "sqrt" and "rn" in flags:
         return f"np.sqrt({x[0]})", kind
     if first == "rcp" and "rn" in flags:
         return f"(np.float32(1) / {x[0]})", kind
     if first in _APPROXIMATE and kind == "f32":
-        return f"m.approximate.{first}({x[0]})", kind
+        return f"m.approximate({first!r}, {x[0]})", kind
     raise Unsupported(w.name)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from gpukernels.emulator import arithmetic, copies, tensor_cores, traffic, values
+from gpukernels.emulator.faults import Unsupported
 from gpukernels.emulator.order import ranks
 from gpukernels.emulator.ptx import BARRIERS, Instruction, Kernel
-from gpukernels.emulator.writer import Symbols, Unsupported, Writer
+from gpukernels.emulator.writer import Symbols, Writer
 
 #: What orders memory, hints, or matters to programs that run side by side: here all is in order.
 _NOTHING = (

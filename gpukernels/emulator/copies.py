@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gpukernels.emulator.barrier import Barrier
-from gpukernels.emulator.memory import SHARED_BASE, UINTS, MemoryFault
+from gpukernels.emulator.faults import MemoryFault
+from gpukernels.emulator.memory import SHARED_BASE, UINTS
 from gpukernels.emulator.tensor_cores import swizzled
 from gpukernels.emulator.writer import PARAMETER_BASE, PARAMETER_STEP
 

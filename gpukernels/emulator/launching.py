@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gpukernels.compile_report.recording import Driver
 from gpukernels.emulator.code import Code
 from gpukernels.emulator.copies import Descriptor
+from gpukernels.emulator.faults import Unsupported
 from gpukernels.emulator.machine import Machine
 from gpukernels.emulator.memory import GlobalMemory
 from gpukernels.emulator.ptx import parse
@@ -112,7 +113,7 @@ def _parameters(signature: dict, given: dict, metadata) -> Iterator:
         if kind == "constexpr":
             continue
         if isinstance(kind, tuple):
-            raise NotImplementedError(f"the tuple {name}")
+            raise Unsupported(f"{metadata.name}: the argument {name} is a tuple")
         if kind.startswith("tensordesc"):
             meta = next(described)
             one = Descriptor(

@@ -6,6 +6,7 @@ Threads that branch apart go on in turns, those that are furthest behind first, 
 import numpy as np
 
 from gpukernels.emulator.barrier import Barrier
+from gpukernels.emulator.faults import Unsupported
 from gpukernels.emulator.memory import UINTS, GlobalMemory, SharedMemory
 from gpukernels.emulator.values import Approximate
 
@@ -45,7 +46,8 @@ class Machine:
         self.local_views = {size: self.local.reshape(-1).view(kind) for size, kind in UINTS.items()}
         self.barriers: dict[tuple[int, int], Barrier] = {}  # by block and address
         self.pending: list[list] = [[]]  # groups of copies to shared memory that nobody has waited for
-        self.approximate = Approximate(seed)
+        approximate = Approximate(seed)
+        self.approximate, self.approximately_divide = approximate.of, approximate.divide
         self.carry = np.zeros(self.count, np.uint64)
         self.registers: list = []
 
@@ -111,7 +113,7 @@ class Machine:
                 "cas": lambda before, value=value, swapped=swapped: swapped if before == value else before,
             }
             if operation not in change:
-                raise NotImplementedError(f"atom.{operation}")
+                raise Unsupported(f"atom.{operation}")
             if space == "global":
                 old[i] = self.memory.atomic(addresses[i], values.dtype, change[operation])
             else:
@@ -131,7 +133,7 @@ class Machine:
         read = who if wanted is None else who[wanted[who] > 0]
         data = np.zeros((len(who), size), np.uint8)
         if wanted is not None and not np.isin(wanted[who], (0, size)).all():
-            raise NotImplementedError("cp.async of a part")
+            raise Unsupported("cp.async of a part")
         unit = min(size, 8)
         loaded = self.memory.load(source[read], unit, size // unit, self.who[read], self.epochs[read])
         data[np.searchsorted(who, read)] = np.ascontiguousarray(loaded).view(np.uint8).reshape(len(read), size)

@@ -9,17 +9,14 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gpukernels.emulator.races import Accesses, Race
+from gpukernels.emulator.faults import MemoryFault, Race
+from gpukernels.emulator.races import Accesses
 
 UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 #: Where a block's shared memory starts: not at 0, which is nobody's, and as TMA's patterns need it.
 SHARED_BASE = 1024
 POISON = 0xFF
-
-
-class MemoryFault(RuntimeError):
-    """An access that a GPU would refuse, or worse, not refuse."""
 
 
 class GlobalMemory:

@@ -6,11 +6,9 @@ to use them between its blocks. To write what is there already is no race.
 
 import numpy as np
 
+from gpukernels.emulator.faults import Race
+
 _NOBODY, _SEVERAL = -1, -2
-
-
-class Race(RuntimeError):
-    """Two threads touch the same bytes in an order that nothing decides."""
 
 
 class Accesses:

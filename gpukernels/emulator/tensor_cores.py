@@ -6,6 +6,7 @@ How elements lie in the threads' registers: PTX ISA 8.7, "Matrix multiply-accumu
 import numpy as np
 
 from gpukernels.emulator import values
+from gpukernels.emulator.faults import Unsupported
 
 
 def truncated(x: np.ndarray) -> np.ndarray:
@@ -108,7 +109,7 @@ def _operand(machine, block: int, descriptor: int, wide: int, deep: int, transpo
     leading, stride = ((descriptor >> 16) & 0x3FFF) << 4, ((descriptor >> 32) & 0x3FFF) << 4
     mode = descriptor >> 62
     if mode not in _ROW_BYTES or (descriptor >> 49) & 7:
-        raise NotImplementedError(f"a wgmma descriptor with swizzle mode {mode}")
+        raise Unsupported(f"a wgmma descriptor with swizzle mode {mode}")
     row_bytes = _ROW_BYTES[mode]
     n, k = np.arange(wide)[:, None], np.arange(deep)[None, :]
     if transposed:
@@ -116,7 +117,7 @@ def _operand(machine, block: int, descriptor: int, wide: int, deep: int, transpo
         at = n // each * leading + k // 8 * stride + k % 8 * row_bytes + n % each * 2
     else:
         if 2 * deep > row_bytes:
-            raise NotImplementedError("a wgmma operand deeper than its rows")
+            raise Unsupported("a wgmma operand deeper than its rows")
         at = n // 8 * stride + n % 8 * row_bytes + k * 2
     at = swizzled(start + at, row_bytes)
     flat = machine.shared.load(np.full(at.size, block), at.reshape(-1), 2, 1)
@@ -126,7 +127,7 @@ def _operand(machine, block: int, descriptor: int, wide: int, deep: int, transpo
 def wgmma(machine, mask, given, a, b, keep, columns, kind, scale_a, scale_b, *transposed):
     """`wgmma.mma_async.m64nNk16`: the words of d. Run at once; a GPU may take until the next wait."""
     if scale_a != 1 or scale_b != 1:
-        raise NotImplementedError("wgmma with a negative operand")
+        raise Unsupported("wgmma with a negative operand")
     if mask is not None and (mask.reshape(-1, 128).any(1) != mask.reshape(-1, 128).all(1)).any():
         raise RuntimeError("wgmma runs in a part of its four warps")
     groups = machine.count // 128

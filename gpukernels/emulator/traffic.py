@@ -2,7 +2,8 @@
 
 import re
 
-from gpukernels.emulator.writer import Unsupported, Writer, bits_of, several
+from gpukernels.emulator.faults import Unsupported
+from gpukernels.emulator.writer import Writer, bits_of, several
 
 
 def load(w: Writer) -> None:

@@ -103,56 +103,41 @@ def high_product(a, b):
     return (np.asarray(a, wide) * np.asarray(b, wide) >> wide(32)).astype(a.dtype)
 
 
+#: Instructions that are not exact: the function, and the largest relative error by the PTX ISA 8.7.
+_APPROXIMATE = {
+    "ex2": (np.exp2, 2.0**-22.5),
+    "lg2": (np.log2, 2.0**-22),
+    "rcp": (np.reciprocal, 2.0**-24),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), 2.0**-22.9),
+    "sqrt": (np.sqrt, 2.0**-23),
+    "tanh": (np.tanh, 2.0**-11),
+}
+
+
 class Approximate:
     """Functions that a GPU computes to within a stated error; here the error is drawn, within the statement.
 
-    It depends on the argument alone, as on a GPU, and a result that is a power of two is exact. The largest relative
-    errors are those of the PTX ISA 8.7: ex2.approx 2^-22.5, lg2.approx 2^-22, rcp.approx 1 ulp, rsqrt.approx 2^-22.9,
-    sqrt.approx 2^-23, tanh.approx 2^-11; div.full has 2 ulp, here a product with the approximate reciprocal.
+    It depends on the argument alone, as on a GPU, and a result that is a power of two is exact.
     """
 
     def __init__(self, seed: int | None = 0):
         """seed: of the errors; None: there are none but of rounding."""
         self._seed = seed
 
-    def _off(self, value: np.ndarray, x: np.ndarray, largest: float) -> np.ndarray:
-        """float32 of a value for x, both float64."""
+    def of(self, name: str, x) -> np.ndarray:
+        """An instruction (a key of `_APPROXIMATE`) on x, float32."""
+        function, largest = _APPROXIMATE[name]
+        value = function(np.float64(x))
         if self._seed is not None:
-            mixed = (np.float32(x).view(np.uint32).astype(np.uint64) + np.uint64(self._seed)) * np.uint64(
-                0x9E3779B97F4A7C15
-            )
-            part = (mixed >> np.uint64(11)) * 2.0**-52 - 1  # from -1 to 1
+            word = np.float32(x).view(np.uint32).astype(np.uint64) + np.uint64(self._seed)
+            part = (word * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(11)) * 2.0**-52 - 1  # from -1 to 1
             exact = np.frexp(value)[0] == 0.5
             value = np.where(exact, value, value * (1 + largest * part))
         return value.astype(np.float32)
 
-    def ex2(self, x):
-        x = np.float64(x)
-        return self._off(np.exp2(x), x, 2.0**-22.5)
-
-    def lg2(self, x):
-        x = np.float64(x)
-        return self._off(np.log2(x), x, 2.0**-22)
-
-    def rcp(self, x):
-        x = np.float64(x)
-        return self._off(1 / x, x, 2.0**-24)
-
-    def divide(self, a, b):
-        """With the scale of b apart, so that neither overflows on the way."""
+    def divide(self, a, b) -> np.ndarray:
+        """`div.full`, which may be off by 2 ulp: by the reciprocal, with the scale of b apart, which would overflow."""
         part, power = np.frexp(np.float64(b))
-        scaled = np.ldexp(np.float64(a) * self.rcp(part), -power)
+        scaled = np.ldexp(np.float64(a) * self.of("rcp", part), -power)
         # By 0, infinities and NaN: as the quotient is.
         return np.where(np.isfinite(part) & (part != 0), scaled, np.float64(a) / np.float64(b)).astype(np.float32)
-
-    def rsqrt(self, x):
-        x = np.float64(x)
-        return self._off(1 / np.sqrt(x), x, 2.0**-22.9)
-
-    def sqrt(self, x):
-        x = np.float64(x)
-        return self._off(np.sqrt(x), x, 2.0**-23)
-
-    def tanh(self, x):
-        x = np.float64(x)
-        return self._off(np.tanh(x), x, 2.0**-11)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpukernels.emulator import values
+from gpukernels.emulator.faults import Unsupported
 from gpukernels.emulator.memory import SHARED_BASE
 from gpukernels.emulator.ptx import Instruction, Kernel
 
@@ -19,10 +20,6 @@ KINDS = {
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     "f16": np.float16, "f32": np.float32, "f64": np.float64,
 }  # fmt: skip
-
-
-class Unsupported(NotImplementedError):
-    """An instruction that nobody has written down here."""
 
 
 def bits_of(kind: str) -> int:
