@@ -5,6 +5,8 @@ PYTHON ?= python3
 BASE := .venv-demo
 TEST := .venv
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Tests take from a millisecond to a minute: what one process has left, one that is done takes over.
+PYTEST := $(TEST)/bin/python -m pytest --numprocesses auto --dist worksteal
 
 # In words that any Python understands.
 CHECK := $(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("gpukernels needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d; say for example: make PYTHON=python3.12 $(MAKECMDGOALS)" % v)'
@@ -17,8 +19,8 @@ demo: $(BASE)/.installed
 # Triton is told to interpret when it is imported, so the kernels' own tests are a session of their own. A GPU is
 # hidden from both, and has its tests in a third one: fewer processes, which end where they have lost the device.
 test: $(TEST)/.installed lint
-	@CUDA_VISIBLE_DEVICES= $(TEST)/bin/python -m pytest --numprocesses auto
-	@CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --numprocesses auto tests/kernels tests/test_autocast.py tests/test_compiled_ops.py tests/test_registration.py
+	@CUDA_VISIBLE_DEVICES= $(PYTEST)
+	@CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/test_autocast.py tests/test_compiled_ops.py tests/test_registration.py
 	@! $(TEST)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(TEST)/bin/python -m bench.gpu_tests
 
 lint: $(TEST)/.installed

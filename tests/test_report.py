@@ -8,7 +8,8 @@ from workloads import meta
 
 import gpukernels
 from gpukernels.compile_report import CHIPS, GPUS, cost, gather, occupancy, record, roofline, rows
-from gpukernels.compile_report.binary import _instructions, widths
+from gpukernels.compile_report.binary import widths
+from gpukernels.compile_report.disassembly import listing
 from gpukernels.compile_report.report import EXCEPTIONS, _broken, _wide
 
 #: (capability, registers, bytes of shared memory, warps) -> blocks, and what there is no more of.
@@ -45,29 +46,25 @@ def test_occupancy(kernel, want):
     assert occupancy(CHIPS[capability], **needs) == (blocks, blocks * num_warps, limit)
 
 
-CODE = """
-.text._f:
-        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
-.L_x_1:
-        /*0010*/                   LDGSTS.E.BYPASS.LTC128B.128 [R9], desc[UR4][R2.64] ;
-        /*0020*/              @!P0 LDG.E.U16 R4, desc[UR4][R2.64] ;
-.L_x_2:
-        /*0030*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
-        /*0040*/               @P1 BRA `(.L_x_2) ;
-        /*0050*/              @!P0 BRA `(.L_x_3) ;
-        /*0060*/               @P1 BRA `(.L_x_1) ;
-.L_x_3:
-        /*0070*/                   STG.E desc[UR4][R2.64], R4 ;
-        /*0080*/                   UTMASTG.2D [UR4], [UR6] ;
-        /*0090*/                   EXIT ;
-"""
+CODE = [
+    "LDG.E.128 R4, desc[UR4][R2.64]",
+    "LDGSTS.E.BYPASS.LTC128B.128 [R9], desc[UR4][R2.64]",
+    "@!P0 LDG.E.U16 R4, desc[UR4][R2.64]",
+    "HMMA.16816.F32 R4, R8, R10, R4",
+    "@P1 BRA 0x130",
+    "@!P0 BRA 0x170",
+    "@P1 BRA 0x110",
+    "STG.E desc[UR4][R2.64], R4",
+    "UTMASTG.2D [UR4], [UR6]",
+    "BRA 0x190",  # what stands behind the end leads to itself
+]
 
 
 def test_machine_code_is_read():
-    listing, loops = _instructions(CODE)
-    assert listing[:3] == ["LDG.E.128", "LDGSTS.E.BYPASS.LTC128B.128", "LDG.E.U16"]
-    assert loops == [(3, 4), (1, 6)]
-    assert widths(listing) == {"tma": 1, "16": 2, "4": 1, "2": 1}
+    found = listing(CODE, first=0x10)
+    assert found["listing"][:3] == ["LDG.E.128", "LDGSTS.E.BYPASS.LTC128B.128", "LDG.E.U16"]
+    assert found["loops"] == [(3, 4), (1, 6)]
+    assert widths(found["listing"]) == {"tma": 1, "16": 2, "4": 1, "2": 1}
 
 
 def kernel(name="_product_kernel", rows=32, **changed):

@@ -1,17 +1,10 @@
 """A kernel's machine code: what it needs, and its instructions."""
 
-import functools
-import hashlib
-import json
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import triton
-from triton.runtime.cache import get_cache_manager
+from gpukernels.compile_report.disassembly import Facts, read
 
 #: mma (HMMA, IMMA, ...), wgmma (HGMMA, ...) and tcgen05 (UTCHMMA, ...), all data types.
 TENSOR_CORES = re.compile(r"(HMMA|IMMA|QMMA|DMMA|OMMA|[HIQ]GMMA|UTC[HIQO]MMA)\b")
@@ -22,6 +15,7 @@ class Compiled(NamedTuple):
     """One kernel's machine code, and what it needs."""
 
     cubin: bytes
+    capability: int  # of the GPU that it is for
     shared_memory: int  # bytes a block
     num_warps: int
     num_stages: int
@@ -87,8 +81,8 @@ class Compiled(NamedTuple):
         return widths(self.listing, _STORES)
 
     @property
-    def _facts(self) -> dict[str, Any]:
-        functions = _read(self.cubin)
+    def _facts(self) -> Facts:
+        functions = read(self.cubin, self.capability)
         return functions[self.function] if self.function is not None else next(iter(functions.values()))
 
 
@@ -102,55 +96,3 @@ def widths(listing: list[str], names: tuple[str, ...] = _LOADS + _STORES) -> dic
             bits = [part for part in parts if re.fullmatch(r"(U|S)?(8|16)|64|128|256", part)]
             found["tma" if kind.startswith("U") else str(int(bits[-1].lstrip("US")) // 8 if bits else 4)] += 1
     return dict(sorted(found.items(), key=lambda item: -1000 if item[0] == "tma" else -int(item[0])))
-
-
-def _tool(name: str, cubin: bytes, *options: str) -> str:
-    """What one of the CUDA tools in Triton's wheel says about a cubin."""
-    path = getattr(triton.knobs.nvidia, name).path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        return subprocess.run([path, *options, file.name], check=True, capture_output=True, text=True).stdout
-
-
-@functools.lru_cache(maxsize=1024)
-def _read(cubin: bytes) -> dict[str, dict[str, Any]]:
-    """By function: REG, STACK, SHARED, listing, and loops as their first and last places in it.
-
-    What has been read stands in Triton's cache, as taking it apart costs as much as compiling a small kernel.
-    """
-    name = "instructions-1.json"
-    cache = get_cache_manager(hashlib.sha256(cubin).hexdigest())
-    stored = cache.get_file(name)
-    if stored is not None:
-        return json.loads(Path(stored).read_text(encoding="utf-8"))
-    resources = _parts(_tool("cuobjdump", cubin, "--dump-resource-usage"), r"^ Function (.*):$")
-    code = _parts(_tool("nvdisasm", cubin, "-c"), r"^//-+ \.text\.(\S+) +-+$")
-    # "  REG:10 STACK:0 SHARED:0 LOCAL:0 ..."
-    found = {
-        function: {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", text)}
-        | dict(zip(("listing", "loops"), _instructions(code[function]), strict=True))
-        for function, text in resources.items()
-    }
-    cache.put(json.dumps(found), name, binary=False)
-    return found
-
-
-def _instructions(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The names, and where backward branches lead from and to."""
-    listing, loops, labels = [], [], {}
-    for line in code.splitlines():
-        # ".L_x_3:" or "        /*0a30*/              @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;"
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(listing)
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            target = re.search(r"`\((\.L_\w+)\)", line) if found[1].startswith("BRA") else None
-            if target and target[1] in labels and labels[target[1]] < len(listing):
-                loops.append((labels[target[1]], len(listing)))
-            listing.append(found[1])
-    return listing, loops
-
-
-def _parts(text: str, heading: str) -> dict[str, str]:
-    """What stands below each heading, by the name in it."""
-    _, *parts = re.split(heading, text, flags=re.MULTILINE)
-    return dict(zip(parts[::2], parts[1::2], strict=True))

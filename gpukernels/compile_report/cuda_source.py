@@ -25,7 +25,7 @@ def compile_cuda(
     """
     function, cubin = _compiled("compile_cuda", source, name, capability, options, "getCUBIN")
     # CuPy takes the last byte for the end of a string. The format's last table ends there, with zeros.
-    compiled = Compiled(cubin + b"\0", 0, -(-threads // 32), 1, function)
+    compiled = Compiled(cubin + b"\0", capability, 0, -(-threads // 32), 1, function)
     kept = RESERVED if capability >= 90 else 0
     return compiled._replace(shared_memory=max(0, compiled.static_shared_memory - kept))
 

@@ -92,7 +92,7 @@ class Driver:
 
     def launcher_cls(self, source, metadata) -> Callable:
         def launch(x, y, z, stream, cubin, packed_metadata, launch_metadata, enter, leave, *arguments):
-            compiled = Compiled(cubin, metadata.shared, metadata.num_warps, metadata.num_stages)
+            compiled = Compiled(cubin, metadata.target.arch, metadata.shared, metadata.num_warps, metadata.num_stages)
             current = driver.active  # a kernel compiled in an earlier recording has an earlier driver's launcher
             named = dict(zip(source.fn.arg_names, arguments, strict=True))
             constants = tuple(each.name for each in source.fn.params if each.is_constexpr)

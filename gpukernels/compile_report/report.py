@@ -6,6 +6,7 @@ from typing import NamedTuple
 from gpukernels.compile_report.binary import Compiled, widths
 from gpukernels.compile_report.chips import CHIPS, occupancy
 from gpukernels.compile_report.cost import Cost, cost
+from gpukernels.compile_report.disassembly import read_together
 from gpukernels.compile_report.recording import Launch
 from gpukernels.gpus import GPUS, roofline
 
@@ -43,6 +44,7 @@ def rows(launches: Iterable[Launch], capability: int) -> list[Row]:
     groups: dict[bytes, list[Launch]] = {}
     for launch in launches:
         groups.setdefault(launch.compiled.cubin, []).append(launch)
+    read_together(groups, capability)
     return [_row(group, capability) for group in groups.values()]
 
 
