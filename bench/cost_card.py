@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from model.architecture import architecture
+from model.config import PRESETS, Config
 from model.device import WIDTHS
-from model.gpt2 import slots
-from model.gpt2_config import PRESETS, GPT2Config
 from model.memory import human
 
 
@@ -29,11 +29,13 @@ class Step(NamedTuple):
         return self.rows / self.floor(bandwidth)
 
 
-def step(config: GPT2Config, dtype: str, *, batch: int, context: int) -> Step:
+def step(config: Config, dtype: str, *, batch: int, context: int) -> Step:
     """A step whose rows have `context` tokens in the cache. Of a table that is looked up, a row is nothing."""
     looked_up = {"positions.weight"} if config.tie_word_embeddings else {"positions.weight", "tokens.weight"}
-    weights = sum(slot.size for slot in slots(config) if slot.name not in looked_up)
-    cache = 2 * config.n_layer * batch * context * config.n_embd
+    slots = architecture(config).slots(config)
+    weights = sum(slot.size for slot in slots if slot.name not in looked_up)
+    seen = min(context, getattr(config, "sliding_window", None) or context)
+    cache = 2 * config.n_layer * batch * seen * config.kv_heads * config.head_width
     return Step(weights * WIDTHS[dtype], cache * WIDTHS[dtype], batch)
 
 

@@ -6,6 +6,7 @@ token alone, and of all. What lies between, by the tokens but one, is the latenc
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from bench.cost_card import step
 from bench.cuda_providers import JUDGE, NUMPY, Runtime, chosen
 from bench.timing import Times, interleaved
 from bench.worker import Worker, Workers
-from model.gpt2_config import GPT2Config
+from model.config import Config
+from model.llama_config import LlamaConfig
 
 Row = dict[str, Any]
 
@@ -35,7 +37,7 @@ class Case(NamedTuple):
             raise ValueError(f"a case must be BATCHxPROMPT+NEW with 2 new tokens or more, as 8x128+32, got {text!r}")
         return cls(*map(int, found.groups()))
 
-    def check(self, configs: Iterable[GPT2Config]) -> None:
+    def check(self, configs: Iterable[Config]) -> None:
         """ValueError where a model has fewer positions."""
         for config in configs:
             if self.context + self.new > config.n_positions:
@@ -56,7 +58,7 @@ _JUDGED = 4  # rows of a batch: the judge's logits are float32, of every positio
 
 def measure(
     preset: str,
-    config: GPT2Config,
+    config: Config,
     cases: Sequence[Case],
     *,
     device: str,
@@ -76,6 +78,7 @@ def measure(
         persistent: also our step in one launch, where the model has one.
         start: starts a worker.
     """
+    config = _fitted(config, cases)
     names = chosen(device, compiled=compiled, persistent=persistent)
     makes = {name: (Runtime, name, config, device, dtype) for name in (*names, NUMPY, JUDGE)}
     with Workers(makes, start) as workers:
@@ -92,6 +95,14 @@ def measure(
             workers.start((NUMPY, JUDGE))
             rows = _rows(workers, [NUMPY], cases[0], _prompts(cases[0], config), "float32", 2, None)
             yield [{"preset": preset, **row} for row in rows]
+
+
+def _fitted(config: Config, cases: Sequence[Case]) -> Config:
+    """Of rotary positions no more thousands than the cases need: some of the runtimes keep a cache for all of them."""
+    if not isinstance(config, LlamaConfig):
+        return config
+    needed = max(case.context + case.new for case in cases)
+    return replace(config, max_position_embeddings=min(config.n_positions, -(-needed // 1024) * 1024))
 
 
 def _rows(
@@ -123,7 +134,7 @@ def _rows(
     return rows
 
 
-def _prompts(case: Case, config: GPT2Config) -> list[list[int]]:
+def _prompts(case: Case, config: Config) -> list[list[int]]:
     return np.random.default_rng(case).integers(0, config.vocab_size, (case.batch, case.context)).tolist()
 
 

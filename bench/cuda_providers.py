@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from bench.torch_decoder import TorchDecoder, again, cuda_graph
-from model import gpt2
+from model.architecture import architecture
+from model.config import Config
 from model.decoder import Decoder
 from model.device import NumpyDevice, TorchDevice
+from model.forward import output_matrix
 from model.generate import Limits, Row, run
-from model.gpt2_config import GPT2Config
 from model.language_model import LanguageModel
+from model.names import HEAD
 from model.parameters import Parameters
 from model.persistent import PersistentDecoder, why_not_persistent
 from model.sampling import Sampling
@@ -35,9 +37,9 @@ Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], list[list[int]]]
 
 
-def random_model(config: GPT2Config, device: torch.device, dtype: str, seed: int = 0) -> LanguageModel:
+def random_model(config: Config, device: torch.device, dtype: str, seed: int = 0) -> LanguageModel:
     """Weights drawn on the device, large enough that a text does not only repeat its last token."""
-    parameters = Parameters(gpt2.slots(config), TorchDevice(device), dtype)
+    parameters = Parameters(architecture(config).slots(config), TorchDevice(device), dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for name, array in parameters.items():
         if array.ndim == 2:
@@ -84,12 +86,11 @@ class Transformers:
         import transformers
 
         config, device = lm.config, lm.parameters["tokens.weight"].device
-        names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+        values = config.to_json() | {"bos_token_id": None, "eos_token_id": None}
+        theirs = transformers.AutoConfig.for_model(**values)
         with torch.device(device):
-            ends = {"bos_token_id": None, "eos_token_id": None}
-            theirs = transformers.GPT2Config(**{name: getattr(config, name) for name in names}, **ends)
-            self._model = transformers.GPT2LMHeadModel(theirs).to(dtype).eval()
-        self._model.load_state_dict(dict(_theirs(lm)), strict=False)
+            self._model = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype).eval()
+        self._model.load_state_dict(dict(_theirs(lm)))
         self._device = device
         self._options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         if static:
@@ -111,10 +112,12 @@ class Transformers:
 
 def _theirs(lm: LanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Our weights by transformers' names, as it lays them out."""
-    for name, array in lm.parameters.items():
-        slot = lm.parameters.slots[name]
-        yield f"transformer.{slot.source}", array.T if slot.transposed else array
-    yield "lm_head.weight", lm.parameters["tokens.weight"]
+    prefix, parameters = architecture(lm.config).PREFIX, lm.parameters
+    for name, array in parameters.items():
+        slot = parameters.slots[name]
+        if slot.source != HEAD:
+            yield prefix + slot.source, array.T if slot.transposed else array
+    yield HEAD, parameters[output_matrix(parameters.root)]
 
 
 class TorchGraph:
@@ -216,7 +219,7 @@ def chosen(device: str, *, compiled: bool, persistent: bool = False) -> list[str
 class Runtime:
     """One of `RUNTIMES` with random weights of its own, the same in every process."""
 
-    def __init__(self, name: str, config: GPT2Config, device: str, dtype: str):
+    def __init__(self, name: str, config: Config, device: str, dtype: str):
         lm = random_model(config, torch.device(device), dtype)
         self._run = RUNTIMES[name](lm)
         self._warm_up = lm.warm_up if name == OURS else None

@@ -1,7 +1,7 @@
 """Decoding and prefill, side by side with the runtimes that are installed; on a GPU where there is one.
 
     python -m bench.generate [--preset gpt2-xl] [--case 8x128+32] [--compiled] [--json FILE] [--html FILE]
-    python -m bench.generate --device cpu [--preset gpt2] [--rounds 7] [--compiled]
+    python -m bench.generate --device cpu [--preset tinyllama-1.1b] [--rounds 7] [--compiled]
     python -m bench.generate --card
 
 On the CPU: a model with random weights is written once and loaded by every runtime from the same files, each in a
@@ -27,8 +27,9 @@ from bench.providers import CTranslate2, Ours, Transformers, installed
 from bench.report import machine, show, write_json
 from bench.timing import Times, interleaved
 from bench.worker import Worker
+from model.config import PRESETS
 from model.device import why_no_cuda
-from model.gpt2_config import PRESETS
+from model.gpt2_config import PRESETS as GPT2_PRESETS
 
 PROMPT, NEW, LONG = 64, 128, 512
 
@@ -47,7 +48,8 @@ _CARD = ((1, 128), (1, 900), (8, 128), (64, 128), (64, 900))  # batch, context
 
 def main(
     preset: Annotated[
-        list[str] | None, typer.Option(help="Which GPT-2: gpt2, and on a GPU gpt2-xl; may be repeated there.")
+        list[str] | None,
+        typer.Option(help="A shape, as llama-3.2-1b; default gpt2, on a GPU gpt2-xl too. May be repeated there."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rounds: Annotated[int | None, typer.Option(min=1, help="How often each is timed: 7, on a GPU 5.")] = None,
@@ -84,7 +86,7 @@ def main(
         from bench.cost_card import listed_bandwidths
 
         stored = dtype or "float16"
-        show(f"A step in {stored}", *table(preset or PRESETS, stored, _CARD, listed_bandwidths()))
+        show(f"A step in {stored}", *table(preset or GPT2_PRESETS, stored, _CARD, listed_bandwidths()))
         return
     missing = why_no_cuda() if device != "cpu" else "the CPU was asked for"
     if device == "cuda" and missing:
@@ -172,11 +174,11 @@ def _on_cuda(
 
 
 def _on_cpu(preset: str, rounds: int, compiled: bool, others: bool, html: Path | None) -> dict[str, Any]:
-    ids = np.random.default_rng(0).integers(0, 50000, LONG).tolist()
+    ids = np.random.default_rng(0).integers(0, min(50000, PRESETS[preset].vocab_size), LONG).tolist()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         model.from_config(preset, seed=0, device="cpu", dtype="float32").save(folder)
-        workers = _workers(folder, Path(scratch), compiled, others)
+        workers = _workers(preset, folder, Path(scratch), compiled, others)
         errors = _answers(workers, ids)
         right = {name: each for name, each in workers.items() if errors[name] is not None}
         decode = interleaved(
@@ -197,7 +199,7 @@ def _on_cpu(preset: str, rounds: int, compiled: bool, others: bool, html: Path |
     return {"bench": "generate", "preset": preset, "rounds": rounds, **machine(), "rows": rows}
 
 
-def _workers(folder: Path, scratch: Path, compiled: bool, others: bool) -> dict[str, Worker]:
+def _workers(preset: str, folder: Path, scratch: Path, compiled: bool, others: bool) -> dict[str, Worker]:
     made: dict[str, tuple] = {"ours, NumPy float32": (Ours, folder, "cpu", "float32")}
     if others:
         made["ours, NumPy float16"] = (Ours, folder, "cpu", "float16")
@@ -207,7 +209,7 @@ def _workers(folder: Path, scratch: Path, compiled: bool, others: bool) -> dict[
         made[_BASELINE] = (Transformers, folder)
         if compiled:
             made["transformers compiled"] = (Transformers, folder, True)
-        if installed("ctranslate2"):
+        if installed("ctranslate2") and preset in GPT2_PRESETS:  # of others its converter wants the tokenizer
             made["CTranslate2 float32"] = (CTranslate2, folder, scratch)
     return {name: Worker(*each) for name, each in made.items()}
 

@@ -51,6 +51,7 @@ def parts() -> list[Part]:
         Part("stages", ("-m", "bench.stages"), 15, 40, needs),
         Part("memory", ("-m", "bench.memory", "--preset", "gpt2", "--rounds", "1"), 40, 60, ("torch",)),
         Part("train", ("-m", "bench.train"), 60, 90, needs),
+        Part("llama", (*generate, "--preset", "llama-3.2-1b", "--case", "1x128+128"), 50, 90, judged),
         # Late, and by itself: a barrier that is wrong would wait for ever.
         Part("persistent", (*generate, "--preset", "gpt2", "--case", "1x128+128", "--persistent"), 50, 90, judged),
         Part("compiled", (*kernels, "--quick"), 120, 600, needs),  # torch.compile, if there is time
