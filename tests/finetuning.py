@@ -47,7 +47,7 @@ def trainer(
 ) -> Trainer:
     """A run by hand, in float64 unless said otherwise, in which every parameter trains."""
     settings = Settings.of({"learning_rate": 1e-3, **options})
-    world, context = World(), settings.window(lm.config)
+    world, context = World(), settings.window(lm.positions)
     return Trainer(
         Network(lm.parameters, lm.config, dtype=dtype, recompute=settings.recompute, dropout=settings.dropout),
         Batches(pack(train, context), settings.batch_size, settings.accumulate, settings.seed, world),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from finetuning import QUIET, folder_of, load
 
+import model
 from model.errors import ModelError, TrainingError
 from model.finetune.progress import Progress
 from model.finetune.settings import Settings
@@ -63,3 +64,11 @@ def test_numpys_numbers_are_pythons_in_the_checkpoints(tmp_path):
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     plain["betas"] = (float(np.float32(0.9)), 0.99)
     assert lm.finetune(ids, out=out, resume=True, console=QUIET, **plain).reason == "finished"
+
+
+def test_a_window_is_no_longer_than_the_context_that_was_asked_for(tmp_path):
+    lm = model.load("tiny-gpt2", device="cpu", context=48)
+    with pytest.raises(TrainingError, match="context is 49, but the model has 48 positions"):
+        lm.finetune(["And God said."] * 40, context=49, max_steps=1, out=tmp_path / "out", console=QUIET)
+    assert Settings.of({}).window(lm.positions) == 48
+    assert Settings.of({}).window(2048) == 1024

@@ -48,7 +48,7 @@ def finetune(
 ) -> Result:
     """See `LanguageModel.finetune`."""
     settings = Settings.of(options)
-    context = settings.window(lm.config)
+    context = settings.window(lm.positions)
     if resume and out is None:
         raise TrainingError("resume needs the folder of the run that goes on (out)")
     check_trackers(trackers)

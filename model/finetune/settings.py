@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from gpukernels.numbers import finite, whole
-from model.config import Config
 from model.device import DTYPES
 from model.errors import TrainingError
 from model.finetune.lora import Lora
@@ -195,12 +194,12 @@ class Settings:
         if self.dtype not in ("auto", *DTYPES):
             yield "dtype", f"{', '.join(DTYPES)} or auto"
 
-    def window(self, config: Config) -> int:
-        """The tokens of a window, for this model."""
+    def window(self, positions: int) -> int:
+        """The tokens of a window, for a model of so many positions."""
         if self.context is None:
-            return min(config.n_positions, 1024)
-        if self.context > config.n_positions:
-            raise TrainingError(f"context is {self.context}, but the model has {config.n_positions} positions")
+            return min(positions, 1024)
+        if self.context > positions:
+            raise TrainingError(f"context is {self.context}, but the model has {positions} positions")
         return self.context
 
     def rates(self, steps: int) -> Schedule:
