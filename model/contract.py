@@ -26,6 +26,7 @@ _INERT = frozenset((
     "model_type", "architectures", "auto_map", "_name_or_path", "transformers_version", "tokenizer_class", "prefix",
     "dtype", "torch_dtype", "torchscript", "use_bfloat16", "tf_legacy_loss", "return_dict", "return_dict_in_generate",
     "output_attentions", "output_hidden_states", "output_scores", "chunk_size_feed_forward", "is_decoder",
+    "is_causal",  # true, or `read` refuses it
     "_attn_implementation", "_attn_implementation_autoset", "attn_implementation",
     # defaults of generation, and ids that only transformers' own generate uses
     "pad_token_id", "sep_token_id", "decoder_start_token_id", "bad_words_ids", "begin_suppress_tokens",
@@ -44,6 +45,8 @@ _REFUSED = {
     "tie_encoder_decoder": "only decoders are computed",
     "pruned_heads": "pruned heads are not computed",
     "quantization_config": "quantized weights are not read",
+    "per_layer_config": "all layers are alike here",
+    "transformers_weights": "weights are read by their usual names",
 }
 
 
@@ -71,6 +74,8 @@ class Contract:
         problems = [
             f"{name}: {key}={shown(values[key])} is refused: {why}" for key, why in _REFUSED.items() if values.get(key)
         ]
+        if not values.get("is_causal", True):
+            problems.append(f"{name}: is_causal={shown(values['is_causal'])} is refused: a token never sees later ones")
         given, called = dict(values), {}
         for alias, key in self.aliases.items():
             if alias in given:

@@ -190,10 +190,13 @@ _LLAMA_RULES: dict[str, Rule] = {
     "eos_token_id": token_ids,
 }
 
-_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")  # read by `_read_rope`
+# Read by `_read_rope`, and by `_layer_types`.
+_ELSEWHERE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types")
 _CONTRACTS = {
     # pretraining_tp splits the same products; transformers does not look at it any more.
-    "llama": Contract(_LLAMA_RULES, _LLAMA_DEFAULTS, inert=frozenset((*_ROPE, "attention_dropout", "pretraining_tp"))),
+    "llama": Contract(
+        _LLAMA_RULES, _LLAMA_DEFAULTS, inert=frozenset((*_ELSEWHERE, "attention_dropout", "pretraining_tp"))
+    ),
     "mistral": Contract(
         {
             **{key: rule for key, rule in _LLAMA_RULES.items() if key not in _FOREIGN["mistral"]},
@@ -206,7 +209,7 @@ _CONTRACTS = {
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
         },
-        inert=frozenset((*_ROPE, "attention_dropout")),
+        inert=frozenset((*_ELSEWHERE, "attention_dropout")),
     ),
 }
 
@@ -230,9 +233,20 @@ def read(values: dict[str, Any], name: str) -> tuple[LlamaConfig, list[str]]:
         problems.append(
             f"{name}: num_key_value_heads={config.kv_heads} must divide num_attention_heads={config.n_head}"
         )
+    problems += _layer_types(values, config, name)
     if problems:
         raise ConfigError(problems)
     return config, notices + _unused(values, rope.rope_type, name)
+
+
+def _layer_types(values: dict[str, Any], config: LlamaConfig, name: str) -> list[str]:
+    """What is wrong with the kind of attention that each layer is said to have: here it is the same in all."""
+    given = values.get("layer_types")
+    kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+    if given is None or given == [kind] * config.n_layer:
+        return []
+    wanted = f"{kind} for each of {config.n_layer} layers, as sliding_window is {shown(config.sliding_window)}"
+    return [f"{name}: layer_types must be {wanted}; got {shown(given)}"]
 
 
 def _unused(values: dict[str, Any], kind: str, name: str) -> list[str]:

@@ -52,6 +52,9 @@ REFUSED = {
     "tie_encoder_decoder": (True, False),
     "pruned_heads": ({"0": [1]}, {}),
     "quantization_config": ({"quant_method": "gptq", "bits": 4}, None),
+    "is_causal": (False, True),
+    "per_layer_config": ({"0": {"n_inner": 8}}, None),
+    "transformers_weights": ("other.safetensors", None),
 }
 
 #: Keys that a GPT-2's config.json has and that cannot change its logits, with values that look as if they could.

@@ -139,6 +139,14 @@ WRONG = [
     ),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is refused"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("mistral", {"is_causal": None}, "is_causal=null is refused"),
+    (
+        "mistral",
+        {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        "layer_types must be sliding_attention for each of 2 layers, as sliding_window is 4096; got",
+    ),
+    ("mistral", {"sliding_window": None, "layer_types": ["sliding_attention"] * 32}, "must be full_attention"),
+    ("llama", {"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "for each of 2 layers"),
     ("llama", {"n_embd": 64, "n_head": 2}, 'model_type must be "gpt2" to go with n_embd, n_head, got "llama"'),
 ]
 
@@ -148,6 +156,14 @@ def test_what_is_not_computed_is_refused_by_name(kind, values, said):
     with pytest.raises(ConfigError) as fault:
         read({"model_type": kind, **values})
     assert said in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "types"), [("llama", 64, "full"), ("mistral", None, "full"), ("mistral", 64, "sliding")]
+)
+def test_kinds_of_attention_that_are_those_of_the_window_are_not_mentioned(kind, window, types):
+    values = {"model_type": kind, "num_hidden_layers": 3, "layer_types": [f"{types}_attention"] * 3}
+    assert read(values | ({"sliding_window": window} if kind == "mistral" else {}))[1] == []
 
 
 @pytest.mark.parametrize(
