@@ -25,6 +25,7 @@ def positions(*shape):
 #: Calls of the public ops, by name and case: checks and all, a compiled graph has them whole.
 PUBLIC = {
     "attention": lambda: (draw(2, 5, 4, 16), draw(2, 7, 2, 16), draw(2, 7, 2, 16)),
+    "attention, documents": lambda: (draw(2, 5, 4, 16), draw(2, 5, 2, 16), draw(2, 5, 2, 16)),
     "cross_entropy": lambda: (draw(4, 9), positions(4)),
     "cross_entropy_with_gradient": lambda: (draw(4, 9), positions(4)),
     "decode_attention": lambda: (draw(1, 4, 16), draw(1, 7, 2, 16), draw(1, 7, 2, 16), positions(3)[2:]),
@@ -43,7 +44,10 @@ PUBLIC = {
     "swiglu": lambda: (draw(4, 8), draw(4, 8)),
     "uniform": lambda: (positions(3), positions(3), positions(3)),
 }
-OPTIONS = {"norm_linear, rms": {"norm": "rms"}}
+OPTIONS = {
+    "attention, documents": {"documents": SINGLE.ints([[0, 0, 1, 1, 1], [4, 3, 3, 3, 4]])},
+    "norm_linear, rms": {"norm": "rms"},
+}
 
 
 #: The same for ops that write into their arguments, by name.

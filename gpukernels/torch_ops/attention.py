@@ -17,7 +17,10 @@ def attention(
 
     simple = causal and window is None and lengths is None and not return_lse and keys == new > 0 < batch
     if simple and dtype == torch.float32 and q.device.type == "cpu":
-        return _causal(q, k, v, scale) if documents is None else _by_document(q, k, v, documents, scale)
+        if documents is None:
+            return _causal(q, k, v, scale)
+        if not torch.compiler.is_compiling():  # a graph cannot have as many parts as there are documents
+            return _by_document(q, k, v, documents, scale)
     if lengths is None:
         lengths = torch.full((batch,), keys, dtype=torch.int64, device=q.device)
     position = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, T)
