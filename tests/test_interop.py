@@ -60,6 +60,24 @@ def test_a_dtype_is_one_of_the_callers_library():
         assert gpukernels.embedding(ids, draw(3, 4), dtype=dtype).tensor.dtype == torch.float16
 
 
+def test_what_is_written_is_written_in_the_callers_memory():
+    """The arrays that are written have no `stride` and no `is_contiguous`, as CuPy's have not."""
+    keys, values, new = draw(2, 7, 2, 4), draw(2, 7, 2, 4), draw(2, 1, 2, 4)
+    gpukernels.cached_attention(new, new, new, keys, values, Array(torch.tensor([3, 7], dtype=torch.int32)))
+    assert torch.equal(keys.tensor[[0, 1], [2, 6]], new.tensor[:, 0])
+    lengths, x, table = Array(torch.tensor([3, 0], dtype=torch.int32)), draw(2, 1, 4), draw(9, 4)
+    tokens = gpukernels.sample_embed(draw(2, 9), lengths=lengths, weight=table, x=x)
+    assert lengths.tensor.tolist() == [4, 0]
+    assert torch.equal(x.tensor[0, 0], table.tensor[tokens.tensor[0]])
+    rate, count = Array(torch.tensor(0.1)), Array(torch.tensor(1))
+    parameter, gradient, first, second = (Array(torch.ones(5)) for _ in range(4))
+    gpukernels.adamw(parameter, gradient, first, second, step=count, learning_rate=rate)
+    assert not torch.equal(parameter.tensor, gradient.tensor)
+    strided = Array(keys.tensor.transpose(1, 3).contiguous().transpose(1, 3))
+    with pytest.raises(ValueError, match="keys is written and must have a contiguous last dimension"):
+        gpukernels.cached_attention(new, new, new, strided, values, Array(torch.tensor([3, 7], dtype=torch.int32)))
+
+
 def test_nothing_is_copied(monkeypatch):
     seen = []
     monkeypatch.setattr(ops, "matmul", lambda a, b: seen.append((a, b)) or a)

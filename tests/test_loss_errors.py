@@ -31,10 +31,20 @@ LOSS = [
         ValueError,
         "ignore_index must be a whole number, got True",
     ),
-    (lambda op, f, i: op(f(1, 3), i(1), label_smoothing=1.5), ValueError, "label_smoothing must be 0 to 1, got 1.5"),
-    (lambda op, f, i: op(f(1, 3), i(1), label_smoothing=-1), ValueError, "label_smoothing must be 0 to 1, got -1"),
-    (lambda op, f, i: op(f(1, 3), i(1), z_loss=-1), ValueError, "z_loss must be 0 or more, got -1"),
-    (lambda op, f, i: op(f(1, 3), i(1), z_loss=math.nan), ValueError, "z_loss must be 0 or more, got nan"),
+    (
+        lambda op, f, i: op(f(1, 3), i(1), label_smoothing=1.5),
+        ValueError,
+        "label_smoothing must be a number, 0 to 1, got 1.5",
+    ),
+    (
+        lambda op, f, i: op(f(1, 3), i(1), label_smoothing=-1),
+        ValueError,
+        "label_smoothing must be a number, 0 to 1, got -1",
+    ),
+    (lambda op, f, i: op(f(1, 3), i(1), z_loss=-1), ValueError, "z_loss must be a number, 0 or more, got -1"),
+    (lambda op, f, i: op(f(1, 3), i(1), z_loss=math.inf), ValueError, "z_loss must be a number, 0 or more, got inf"),
+    (lambda op, f, i: op(f(1, 3), i(1), z_loss="a"), ValueError, "z_loss must be a number, 0 or more, got 'a'"),
+    (lambda op, f, i: op(f(1, 3), i(1), z_loss=math.nan), ValueError, "z_loss must be a number, 0 or more, got nan"),
     (
         lambda op, f, i: op(f(1, 3), i(1), reduction="max"),
         ValueError,
@@ -130,10 +140,14 @@ ADAMW = [
             ValueError,
             f"betas must be two numbers from 0 to less than 1, got {betas}",
         )
-        for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9))
+        for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9), (math.nan, 0.9), 0.9, None, (0.9, None))
     ),
-    (lambda op, f, i: op(**state(f, i), eps=-1), ValueError, "eps must be 0 or more, got -1"),
-    (lambda op, f, i: op(**state(f, i), weight_decay=math.nan), ValueError, "weight_decay must be 0 or more, got nan"),
+    (lambda op, f, i: op(**state(f, i), eps=-1), ValueError, "eps must be a number, 0 or more, got -1"),
+    (
+        lambda op, f, i: op(**state(f, i), weight_decay=math.nan),
+        ValueError,
+        "weight_decay must be a number, 0 or more, got nan",
+    ),
     *(
         (
             lambda op, f, i, decayed=decayed: op(**state(f, i), decayed=decayed),

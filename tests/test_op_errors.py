@@ -11,7 +11,7 @@ from refusals import NO_FLOAT, NO_INT, makers, refuses
 from truth import Kind, check
 
 import gpukernels
-from gpukernels import attention, embedding, layer_norm, linear, matmul, norm_linear
+from gpukernels import adamw, attention, cached_attention, embedding, layer_norm, linear, matmul, norm_linear
 from gpukernels.verify.compare import host
 
 NO_NORM = "x must be (..., C) with C of 1 or more"
@@ -32,8 +32,11 @@ REFUSED = {
         (lambda f, i: layer_norm(f(3, 0), f(0)), ValueError, f"{NO_NORM}, got (3, 0)"),
         (lambda f, i: layer_norm(f(3, 4), f(5)), ValueError, "weight must be (4,) to match x, got (5,)"),
         (lambda f, i: layer_norm(f(3, 4), f(4), f(1, 4)), ValueError, "bias must be (4,) to match x, got (1, 4)"),
-        (lambda f, i: layer_norm(f(4), f(4), eps=-1), ValueError, "eps must be 0 or more, got -1"),
-        (lambda f, i: layer_norm(f(4), f(4), eps=np.nan), ValueError, "eps must be 0 or more, got nan"),
+        (lambda f, i: layer_norm(f(4), f(4), eps=-1), ValueError, "eps must be a number, 0 or more, got -1"),
+        (lambda f, i: layer_norm(f(4), f(4), eps=np.nan), ValueError, "eps must be a number, 0 or more, got nan"),
+        (lambda f, i: layer_norm(f(4), f(4), eps=np.inf), ValueError, "eps must be a number, 0 or more, got inf"),
+        (lambda f, i: layer_norm(f(4), f(4), eps="a"), ValueError, "eps must be a number, 0 or more, got 'a'"),
+        (lambda f, i: layer_norm(f(4), f(4), eps=None), ValueError, "eps must be a number, 0 or more, got None"),
         (
             lambda f, i: layer_norm(f(3, 4), f(4), residual=f(4)),
             ValueError,
@@ -80,7 +83,11 @@ REFUSED = {
             ValueError,
             "bias must be (2,) to match weight, got (4,)",
         ),
-        (lambda f, i: norm_linear(f(4), f(4), None, f(2, 4), eps=-0.5), ValueError, "eps must be 0 or more, got -0.5"),
+        (
+            lambda f, i: norm_linear(f(4), f(4), None, f(2, 4), eps=-0.5),
+            ValueError,
+            "eps must be a number, 0 or more, got -0.5",
+        ),
         (lambda f, i: norm_linear(f(4), f(4), None, f(2, 4), activation=3), ValueError, f"{NO_ACTIVATION}, got 3"),
         (lambda f, i: norm_linear(f(1), i(1), None, f(2, 1)), TypeError, f"norm_weight {NO_FLOAT}, got int32"),
         (
@@ -160,6 +167,7 @@ REFUSED = {
         ),
         (lambda f, i: attention(**qkv(f), scale=0.0), ValueError, "scale must be a number above 0, got 0.0"),
         (lambda f, i: attention(**qkv(f), scale=np.nan), ValueError, "scale must be a number above 0, got nan"),
+        (lambda f, i: attention(**qkv(f), scale="1"), ValueError, "scale must be a number above 0, got '1'"),
         (lambda f, i: attention(**qkv(f), documents=f(2, 5)), TypeError, f"documents {NO_INT}, got float32"),
         (
             lambda f, i: attention(**qkv(f), documents=i(5)),
@@ -277,6 +285,31 @@ def test_torch_refuses_an_id_outside_the_table_on_the_cpu(ids):
     f, i = makers("torch")
     with pytest.raises(IndexError):
         embedding(i(*ids), f(5, 3))
+
+
+@pytest.mark.parametrize(("library", "dtype"), [("numpy", torch.float16), ("torch", np.float16), ("torch", "float16")])
+def test_a_dtype_of_another_library_is_refused(library, dtype):
+    f, i = makers(library)
+    own = {"numpy": "numpy.dtype", "torch": "torch.dtype"}[library]
+    words = f"embedding: dtype must be a {own}, as the arrays have, got {dtype!r}"
+    refuses(lambda: embedding(i(1), f(5, 3), dtype=dtype), TypeError, words)
+
+
+def test_numpy_arrays_that_cannot_be_written_are_refused_before_anything_is():
+    f, i = makers("numpy")
+    keys, values, new = f(1, 4, 2, 8), f(1, 4, 2, 8) * 2, f(1, 1, 2, 8) * 3
+    values.flags.writeable = False
+    words = "cached_attention: values is written, got a read-only array"
+    refuses(lambda: cached_attention(new, new, new, keys, values, i(2)), ValueError, words)
+    assert (keys == 1).all()
+    state = {name: f(3) for name in ("parameter", "gradient", "first_moment", "second_moment")}
+    state["gradient"].flags.writeable = False  # not written
+    adamw(**state, step=i(1), learning_rate=f())
+    before = {name: array.copy() for name, array in state.items()}
+    state["second_moment"].flags.writeable = False
+    words = "adamw: second_moment is written, got a read-only array"
+    refuses(lambda: adamw(**state, step=i(1), learning_rate=f()), ValueError, words)
+    assert all((state[name] == before[name]).all() for name in state)
 
 
 def restrided(array, how):

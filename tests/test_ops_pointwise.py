@@ -232,8 +232,18 @@ REFUSED = {
         (lambda f, i: rope(f(1, 2, 3, 5), i(1)), ValueError, f"{PAIRS}, got (1, 2, 3, 5)"),
         (lambda f, i: rope(f(1, 2, 3, 0), i(1)), ValueError, f"{PAIRS}, got (1, 2, 3, 0)"),
         (lambda f, i: rope(f(1, 2, 3, 4), i(1, 2)), ValueError, "positions must be (1, 2) to match x, got (2,)"),
-        (lambda f, i: rope(f(1, 1, 3, 4), i([1]), theta=0), ValueError, "theta must be more than 0, got 0"),
-        (lambda f, i: rope(f(1, 1, 3, 4), i([1]), theta=math.nan), ValueError, "theta must be more than 0, got nan"),
+        (lambda f, i: rope(f(1, 1, 3, 4), i([1]), theta=0), ValueError, "theta must be a number above 0, got 0"),
+        (
+            lambda f, i: rope(f(1, 1, 3, 4), i([1]), theta=math.inf),
+            ValueError,
+            "theta must be a number above 0, got inf",
+        ),
+        (lambda f, i: rope(f(1, 1, 3, 4), i([1]), theta="a"), ValueError, "theta must be a number above 0, got 'a'"),
+        (
+            lambda f, i: rope(f(1, 1, 3, 4), i([1]), theta=math.nan),
+            ValueError,
+            "theta must be a number above 0, got nan",
+        ),
         (
             lambda f, i: rope(f(1, 1, 3, 4), i([1]), frequencies=f(2, dtype="float64")),
             TypeError,

@@ -1,10 +1,8 @@
 """Attention: queries that are the tail of the keys."""
 
-import math
-
 import numpy as np
 
-from gpukernels.numbers import whole
+from gpukernels.numbers import finite, whole
 from gpukernels.ops.checks import (
     Array,
     check_floats,
@@ -266,5 +264,5 @@ def _check_lengths(op: str, lengths: Array, batch: int, keys: int) -> None:
 
 
 def _check_scale(op: str, scale: float | None) -> None:
-    if scale is not None and not 0 < scale < math.inf:
+    if scale is not None and not (finite(scale) and scale > 0):
         raise ValueError(f"{op}: scale must be a number above 0, got {scale!r}")

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from gpukernels import numpy_ops
+from gpukernels.numbers import finite
 
 Array = TypeVar("Array")
 
@@ -112,8 +113,15 @@ def check_shape(op: str, name: str, array, want: tuple, why: str) -> None:
 
 
 def check_written(op: str, name: str, array, *, whole: bool = False) -> None:
-    """What an op writes in place must not be copied on the way: neighbours in the last dimension, or `whole`."""
-    if isinstance(array, np.ndarray) or (array.is_contiguous() if whole else array.stride(-1) == 1):
+    """What an op writes in place must not be copied on the way: neighbours in the last dimension, or `whole`.
+
+    An array of another library (CuPy's has no `stride`) is asked as the tensor that it becomes.
+    """
+    if isinstance(array, np.ndarray):
+        if not array.flags.writeable:
+            raise ValueError(f"{op}: {name} is written, got a read-only array")
+        return
+    if not hasattr(array, "is_contiguous") or (array.is_contiguous() if whole else array.stride(-1) == 1):
         return
     what = "be contiguous" if whole else "have a contiguous last dimension"
     raise ValueError(f"{op}: {name} is written and must {what}, got the strides {tuple(array.stride())}")
@@ -137,14 +145,20 @@ def check_no_gradient(op: str, **arrays) -> None:
             raise ValueError(f"{op}: {name} must not require a gradient, which this op has not; use torch.no_grad()")
 
 
+def check_number(op: str, name: str, number, *, most: float | None = None) -> None:
+    """An option that is 0 or more, up to `most`."""
+    if not (finite(number) and number >= 0 and (most is None or number <= most)):
+        want = "0 or more" if most is None else f"0 to {most}"
+        raise ValueError(f"{op}: {name} must be a number, {want}, got {number!r}")
+
+
 def check_norm(op: str, x, weight, bias, eps: float, weight_name: str, bias_name: str) -> None:
     if x.ndim < 1 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must be (..., C) with C of 1 or more, got {shape(x)}")
     for name, array in ((weight_name, weight), (bias_name, bias)):
         if array is not None:
             check_shape(op, name, array, (x.shape[-1],), "to match x")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must be 0 or more, got {eps}")
+    check_number(op, "eps", eps)
 
 
 def check_product(op: str, x, weight, bias, activation: str | None) -> None:

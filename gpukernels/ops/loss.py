@@ -5,6 +5,7 @@ from gpukernels.ops.checks import (
     Array,
     check_floats,
     check_integers,
+    check_number,
     check_scalar,
     check_shape,
     dtype_name,
@@ -195,9 +196,7 @@ def _check_tokens(op, name, array, targets, weights):
 def _check_options(op, ignore_index, label_smoothing, z_loss, reduction):
     if not whole(ignore_index):
         raise ValueError(f"{op}: ignore_index must be a whole number, got {ignore_index!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be 0 to 1, got {label_smoothing}")
-    if not z_loss >= 0:
-        raise ValueError(f"{op}: z_loss must be 0 or more, got {z_loss}")
+    check_number(op, "label_smoothing", label_smoothing, most=1)
+    check_number(op, "z_loss", z_loss)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

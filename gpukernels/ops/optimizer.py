@@ -1,12 +1,16 @@
 """Optimizers: what changes parameters in place."""
 
-from gpukernels.numbers import whole
+import numpy as np
+
+from gpukernels.numbers import finite, whole
 from gpukernels.ops.checks import (
     Array,
     check_floats,
     check_integers,
+    check_number,
     check_scalar,
     check_shape,
+    check_written,
     dtype_name,
     implementation,
     shape,
@@ -76,19 +80,21 @@ def adamw(
             want = "float64" if dtype == "float64" else "float32"
             if dtype_name(array.dtype) != want:
                 raise TypeError(f"adamw: {name} must be {want}, got {dtype_name(array.dtype)}")
-        if name != "gradient" and not _contiguous(array):
+        if name == "gradient":
+            continue
+        if not _contiguous(array):
             raise ValueError(f"adamw: {name} must be contiguous, got a strided view")
+        check_written("adamw", name, array, whole=True)
     check_integers("adamw", "step", step)
     if tuple(step.shape) not in ((), (1,)):
         raise ValueError(f"adamw: step must be () or (1,), got {shape(step)}")
     check_scalar("adamw", "learning_rate", learning_rate, parameter)
     if gradient_scale is not None:
         check_scalar("adamw", "gradient_scale", gradient_scale, parameter)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"adamw: betas must be two numbers from 0 to less than 1, got {betas}")
-    for name, number in (("eps", eps), ("weight_decay", weight_decay)):
-        if not number >= 0:
-            raise ValueError(f"adamw: {name} must be 0 or more, got {number}")
+    if not (hasattr(betas, "__len__") and len(betas) == 2 and all(finite(beta) and 0 <= beta < 1 for beta in betas)):
+        raise ValueError(f"adamw: betas must be two numbers from 0 to less than 1, got {betas!r}")
+    check_number("adamw", "eps", eps)
+    check_number("adamw", "weight_decay", weight_decay)
     most = parameter.shape[0]
     if decayed is not None and not (whole(decayed) and 0 <= decayed <= most):
         raise ValueError(f"adamw: decayed must be a whole number, 0 to {most}, or None, got {decayed!r}")
@@ -109,4 +115,6 @@ def adamw(
 
 
 def _contiguous(array) -> bool:
-    return array.flags.c_contiguous if hasattr(array, "flags") else array.is_contiguous()
+    if isinstance(array, np.ndarray):
+        return array.flags.c_contiguous
+    return not hasattr(array, "is_contiguous") or array.is_contiguous()  # another library's: asked as a tensor

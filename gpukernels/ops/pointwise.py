@@ -46,8 +46,8 @@ def embedding(
     run = implementation("embedding", arrays, positions=positions, position_weight=position_weight)
     check_floats("embedding", weight=weight, position_weight=position_weight)
     check_integers("embedding", "ids", ids)
-    if dtype is not None and getattr(dtype, "__name__", str(dtype)).removeprefix("torch.") not in FLOATS:
-        raise TypeError(f"embedding: dtype must be a floating-point dtype, got {dtype!r}")
+    if dtype is not None:
+        _check_dtype("embedding", dtype, weight)
     if weight.ndim != 2:
         raise ValueError(f"embedding: weight must be (V, C), got {shape(weight)}")
     if (positions is None) != (position_weight is None):
@@ -62,6 +62,15 @@ def embedding(
                 f"got {shape(position_weight)}"
             )
     return run.embedding(ids, weight, positions=positions, position_weight=position_weight, dtype=dtype)
+
+
+def _check_dtype(op: str, dtype, array: Array) -> None:
+    if getattr(dtype, "__name__", str(dtype)).removeprefix("torch.") not in FLOATS:
+        raise TypeError(f"{op}: dtype must be a floating-point dtype, got {dtype!r}")
+    torch_array, torch_dtype = (type(each).__module__ == "torch" for each in (array.dtype, dtype))
+    if torch_array != torch_dtype:  # CuPy's arrays have NumPy's dtypes
+        wanted = "torch.dtype" if torch_array else "numpy.dtype"
+        raise TypeError(f"{op}: dtype must be a {wanted}, as the arrays have, got {dtype!r}")
 
 
 def gelu(x: Array, *, approximate: str = "tanh") -> Array:

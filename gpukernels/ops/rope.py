@@ -1,5 +1,6 @@
 """Rotary position embedding."""
 
+from gpukernels.numbers import finite
 from gpukernels.ops.checks import Array, check_floats, check_integers, check_shape, dtype_name, implementation, shape
 
 
@@ -46,8 +47,8 @@ def rope(
     if x.ndim != 4 or x.shape[3] == 0 or x.shape[3] % 2:
         raise ValueError(f"rope: x must be (B, T, H, D) with an even D of 2 or more, got {shape(x)}")
     check_shape("rope", "positions", positions, tuple(x.shape[:2]), "to match x")
-    if not theta > 0:
-        raise ValueError(f"rope: theta must be more than 0, got {theta}")
+    if not (finite(theta) and theta > 0):
+        raise ValueError(f"rope: theta must be a number above 0, got {theta!r}")
     if frequencies is not None:
         if dtype_name(frequencies.dtype) != "float32":
             raise TypeError(f"rope: frequencies must be float32, got {dtype_name(frequencies.dtype)}")
