@@ -117,7 +117,8 @@ class Llama:
         if frequencies is None:
             frequencies = config.rope.rope_theta ** -(torch.arange(0, config.head_width, 2) / config.head_width)
         angles = torch.arange(capacity)[:, None] * torch.as_tensor(frequencies).repeat(2)
-        self._cos, self._sin = (each.to(table.device, table.dtype) for each in (angles.cos(), angles.sin()))
+        turns = (each * config.rope.scale for each in (angles.cos(), angles.sin()))
+        self._cos, self._sin = (each.to(table.device, table.dtype) for each in turns)
 
     def __call__(self, ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         root, config = self._parameters.root, self._config

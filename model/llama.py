@@ -26,9 +26,10 @@ from gpukernels import (
 )
 from model.cache import Cache
 from model.forward import onto_stream, output_matrix
-from model.llama_config import LlamaConfig, Rope
+from model.llama_config import LlamaConfig
 from model.names import HEAD
 from model.parameters import Parameters, Slot, padded_rows
+from model.rope import Rope
 
 #: What transformers puts in front of every name but the head's, and what it calls the token table.
 PREFIX, TABLE = "model.", "embed_tokens.weight"
@@ -170,11 +171,11 @@ def block(
     q, k, v = _queries_keys_values(p, config, x, positions)
     if last_only:
         q, x = q[:, -1:], x[:, -1:]  # the queries are the tail of the keys
+    options = {"window": config.sliding_window, "scale": config.attention_scale}
     if cache is None:
-        y = attention(q, k, v, window=config.sliding_window, documents=documents)
+        y = attention(q, k, v, documents=documents, **options)
     else:
-        lengths, arrivals = cache.lengths, cache.arrivals
-        y = cached_attention(q, k, v, *cache.layer(layer), lengths, window=config.sliding_window, arrivals=arrivals)
+        y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, arrivals=cache.arrivals, **options)
     x = onto_stream(p, "projection", y.reshape(*x.shape[:2], -1), x, drop)
     return onto_stream(p, "down", swiglu(*_gate_and_up(p, config, x)), x, drop)
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gpukernels.numbers import finite
 from model.contract import (
     Contract,
     Rule,
     as_ids,
     epsilon,
-    is_int,
     one_of,
     shown,
     size,
@@ -24,53 +22,10 @@ from model.contract import (
     token_id,
     token_ids,
 )
-from model.errors import ConfigError, printable
-
-_THETA = 10000.0
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions, in the names of `rope_parameters`.
-
-    Attributes:
-        rope_type: "default"; "linear", every frequency over `factor` (Chen et al., arXiv 2306.15595); or "llama3", the
-            low ones over `factor`, the high ones as they are, those between blended (Dubey et al., arXiv 2407.21783).
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: of llama3. A wavelength of more than
-            original / low is a low frequency, one of less than original / high a high one.
-    """
-
-    rope_theta: float = _THETA
-    rope_type: str = "default"
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-    def frequencies(self, width: int) -> np.ndarray | None:
-        """(width / 2,) float32, each operation rounded as transformers' are; None for the default ones."""
-        if self.rope_type == "default":
-            return None
-        exponents = (np.arange(0, width, 2, dtype=np.float32) / np.float32(width)).astype(np.float64)
-        plain = np.float32(1) / np.power(float(np.float32(self.rope_theta)), exponents).astype(np.float32)
-        factor = np.float32(self.factor)
-        if self.rope_type == "linear":
-            return plain / factor
-        original = self.original_max_position_embeddings
-        wavelength = np.float32(2 * math.pi) / plain
-        low, high = np.float32(self.low_freq_factor), np.float32(self.high_freq_factor)
-        smooth = (np.float32(original) / wavelength - low) / (high - low)
-        blended = (1 - smooth) * plain / factor + smooth * plain
-        long, short = original / self.low_freq_factor, original / self.high_freq_factor
-        return np.where(wavelength > long, plain / factor, np.where(wavelength < short, plain, blended))
-
-
-# What each kind needs beside rope_theta.
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+from model.errors import ConfigError
+from model.rope import KEYS as ROPE_KEYS
+from model.rope import Rope
+from model.rope import read as read_rope
 
 #: The only activation of the gate that `gpukernels.swiglu` has.
 _ACTIVATIONS = {"silu": "silu", "swish": "silu"}
@@ -150,6 +105,11 @@ class LlamaConfig:
     def feed_forward_width(self) -> int:
         return self.intermediate_size
 
+    @property
+    def attention_scale(self) -> float:
+        """What the scores are multiplied by; `rope.scale` is of queries and keys both."""
+        return self.rope.scale**2 / math.sqrt(self.head_width)
+
     @functools.cached_property
     def frequencies(self) -> np.ndarray | None:
         """(D / 2,) float32, or None: `gpukernels.rope` makes them from theta."""
@@ -190,8 +150,8 @@ _LLAMA_RULES: dict[str, Rule] = {
     "eos_token_id": token_ids,
 }
 
-# Read by `_read_rope`, and by `_layer_types`.
-_ELSEWHERE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "layer_types")
+# Read by `model.rope`, and by `_layer_types`.
+_ELSEWHERE = (*ROPE_KEYS, "layer_types")
 _CONTRACTS = {
     # pretraining_tp splits the same products; transformers does not look at it any more.
     "llama": Contract(
@@ -221,7 +181,7 @@ def read(values: dict[str, Any], name: str) -> tuple[LlamaConfig, list[str]]:
     if foreign:
         raise ConfigError(f'{name}: model_type must be "gpt2" to go with {", ".join(foreign)}, got {shown(kind)}')
     fields, notices = _CONTRACTS[kind].read(values, name)
-    rope, problems = _read_rope(values, name)
+    rope, problems, unused = read_rope(values, fields["max_position_embeddings"], name)
     config = LlamaConfig(model_type=kind, rope=rope, **fields)
     if config.head_dim is None and config.hidden_size % config.n_head:
         problems.append(
@@ -236,7 +196,7 @@ def read(values: dict[str, Any], name: str) -> tuple[LlamaConfig, list[str]]:
     problems += _layer_types(values, config, name)
     if problems:
         raise ConfigError(problems)
-    return config, notices + _unused(values, rope.rope_type, name)
+    return config, notices + unused
 
 
 def _layer_types(values: dict[str, Any], config: LlamaConfig, name: str) -> list[str]:
@@ -247,52 +207,6 @@ def _layer_types(values: dict[str, Any], config: LlamaConfig, name: str) -> list
         return []
     wanted = f"{kind} for each of {config.n_layer} layers, as sliding_window is {shown(config.sliding_window)}"
     return [f"{name}: layer_types must be {wanted}; got {shown(given)}"]
-
-
-def _unused(values: dict[str, Any], kind: str, name: str) -> list[str]:
-    """A notice of what stands with the rotary positions and is not of their kind, if there is anything."""
-    key = _rope_key(values)
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *_ROPE_KEYS[kind]}
-    unused = sorted((values.get(key) or {}).keys() - known)
-    what = f"{name}: keys of {key} that {kind} rotary positions do not use: {', '.join(unused)}"
-    return [printable(what)] if unused else []
-
-
-def _rope_key(values: dict[str, Any]) -> str:
-    """Where a config has its rotary positions: of the old key and the new one, as transformers takes them."""
-    return "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-
-
-def _read_rope(values: dict[str, Any], name: str) -> tuple[Rope, list[str]]:
-    """The rotary positions of a config, old and new: transformers 5 has all in `rope_parameters`, older ones
-    `rope_theta` beside `rope_scaling`, whose "type" is its "rope_type". And what is wrong with them."""
-    key = _rope_key(values)
-    given = values.get(key) or {}
-    if not isinstance(given, dict):
-        return Rope(), [f"{name}: {key} must be an object or null, got {shown(given)}"]
-    given = {"rope_theta": values.get("rope_theta", _THETA), "rope_type": given.get("type", "default"), **given}
-    if "partial_rotary_factor" in values:
-        given.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
-    kind, problems = given["rope_type"], []
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        wanted = f"one of {', '.join(_ROPE_KEYS)}, which are computed here"
-        return Rope(), [f"{name}: rope_type of {key} must be {wanted}, got {shown(kind)}"]
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        turned = shown(given["partial_rotary_factor"])
-        problems.append(f"{name}: partial_rotary_factor={turned} is refused: heads are turned whole")
-    fields: dict[str, Any] = {"rope_type": kind}
-    for each in ("rope_theta", *_ROPE_KEYS[kind]):
-        value, whole = given.get(each), each == "original_max_position_embeddings"
-        right = finite(value) and (is_int(value) or not whole)
-        if not right or value <= 0:
-            wanted = "a whole number above 0" if whole else "a number above 0"
-            got = shown(value) if each in given else "nothing"
-            problems.append(f"{name}: {each} of {kind} rotary positions must be {wanted}, got {got}")
-        fields[each] = value
-    if kind == "llama3" and not problems and fields["high_freq_factor"] <= fields["low_freq_factor"]:
-        high, low = shown(fields["high_freq_factor"]), shown(fields["low_freq_factor"])
-        problems.append(f"{name}: high_freq_factor must be more than low_freq_factor={low}, got {high}")
-    return Rope(**fields) if not problems else Rope(), problems
 
 
 #: Shapes of well-known models, as their own config.json has them.

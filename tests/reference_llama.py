@@ -29,6 +29,9 @@ def _rope(kind: str, theta: float = 10000.0, **factors: float) -> dict:
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
+_YARN = {"original_max_position_embeddings": 20}
+_ALL = {"factor": 8.0, "mscale": 2.0, "mscale_all_dim": 0.5, **_YARN}
+
 #: Configurations by name: what differs from `_BASE`.
 CONFIGS: dict[str, dict] = {
     "llama": {},
@@ -44,6 +47,11 @@ CONFIGS: dict[str, dict] = {
     "llama, theta 500": _rope("default", 500.0),
     "llama, linear": _rope("linear", factor=4.0),
     "llama, llama3": _rope("llama3", 5000.0, factor=8.0, **_LLAMA3),
+    "llama, dynamic": _rope("dynamic", factor=4.0),
+    "llama, yarn": _rope("yarn", 500.0, factor=4.0, **_YARN),
+    "llama, yarn, sharpened": _rope("yarn", 500.0, factor=4.0, attention_factor=1.4, **_YARN),
+    "llama, yarn, every key": _rope("yarn", 500.0, beta_fast=4.0, beta_slow=0.25, truncate=False, **_ALL),
+    "mistral, yarn, window 7": {"sliding_window": 7, **_rope("yarn", 500.0, factor=4.0, **_YARN)},
     "llama, odd": {
         "vocab_size": 131,
         "hidden_size": 35,
@@ -66,6 +74,10 @@ OVERLOOKED: dict[str, dict] = {
     "llama, theta 500": _rope("default"),
     "llama, linear": _rope("default"),
     "llama, llama3": _rope("default", 5000.0),
+    "llama, yarn": _rope("yarn", 500.0, factor=4.0, attention_factor=1.0, **_YARN),
+    "llama, yarn, sharpened": _rope("yarn", 500.0, factor=4.0, **_YARN),
+    "llama, yarn, every key": _rope("yarn", 500.0, **_ALL),
+    "mistral, yarn, window 7": {"sliding_window": 7, **_rope("linear", 500.0, factor=4.0)},
     "mistral, window 7": {"sliding_window": None},
     "mistral, window 3": {"sliding_window": None},
 }

@@ -31,7 +31,7 @@ from bench.cuda_providers import (
 )
 from bench.worker import Worker
 from model import PRESETS, GPT2Config, LanguageModel, LlamaConfig
-from model.llama_config import Rope
+from model.rope import Rope
 
 CONFIG = GPT2Config(vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=3)
 _LLAMA = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 16}

@@ -3,14 +3,13 @@
 import copy
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
 import reference
 import torch
 from decoding import MISTRAL, replayed
-from reference import PATHS, Judge, from_pretrained, read_config, read_weights
+from reference import PATHS, Judge, read_config, read_weights
 
 import model
 from model import llama
@@ -18,8 +17,8 @@ from model.config import PRESETS
 from model.config import read_config as read
 from model.errors import CheckpointError, ConfigError, ContextError, LoadNotice
 from model.graph import GraphDecoder, captured_capacity
-from model.llama_config import Rope
 from model.memory import parameter_count, predict
+from model.rope import Rope
 
 paths = pytest.mark.parametrize("path", PATHS)
 
@@ -60,40 +59,16 @@ def test_the_defaults_are_transformers():
         assert (config.attention_bias, config.mlp_bias) == (False, False)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, llama3", "llama, linear", "llama, biases", "mistral, window 7"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama, llama3", "llama, linear", "llama, yarn, every key", "llama, biases", "mistral, window 7"],
+)
 def test_every_key_that_transformers_writes_is_known(written, name):
     config, notices = read(read_config(written(name)))
     assert notices == []
     assert read(config.to_json()) == (config, [])
 
 
-OLD_ROPES = [
-    ({"rope_theta": 500.0}, Rope(500.0)),
-    ({"rope_theta": 500.0, "rope_scaling": None}, Rope(500.0)),
-    ({"rope_scaling": {"type": "linear", "factor": 4}}, Rope(10000.0, "linear", 4)),
-    ({"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, Rope(7.0, "linear", 2.0)),
-    ({"rope_parameters": {"rope_theta": 9.0}, "rope_theta": 8.0}, Rope(9.0)),
-    (
-        {"rope_parameters": {"rope_theta": 9.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        Rope(1e4, "linear", 2.0),
-    ),
-]
-
-
-@pytest.mark.parametrize(("values", "rope"), OLD_ROPES)
-def test_rotary_positions_of_older_configs_are_read_as_transformers_reads_them(values, rope):
-    import transformers
-
-    assert read({"model_type": "llama", **values})[0].rope == rope
-    theirs = transformers.LlamaConfig(**copy.deepcopy(values)).rope_parameters
-    assert {key: theirs[key] for key in ("rope_theta", "rope_type")} == {
-        "rope_theta": rope.rope_theta,
-        "rope_type": rope.rope_type,
-    }
-    assert theirs.get("factor") == rope.factor
-
-
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WRONG = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act must be one of silu, swish"),
     ("llama", {"num_key_value_heads": 5}, "num_key_value_heads=5 must divide num_attention_heads=32"),
@@ -107,37 +82,6 @@ WRONG = [
     ("llama", {"rms_norm_eps": "1e-5"}, 'rms_norm_eps must be a number from 0 to below 1, got "1e-5"'),
     ("llama", {"attention_bias": 1}, "attention_bias must be true or false"),
     ("mistral", {"sliding_window": 0}, "sliding_window must be an integer from 1"),
-    (
-        "llama",
-        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        "rope_type of rope_scaling must be one of default, linear, llama3",
-    ),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, 'got "yarn"'),
-    ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object or null"),
-    ("llama", {"rope_theta": 0}, "rope_theta of default rotary positions must be a number above 0, got 0"),
-    ("llama", {"rope_theta": math.inf}, "rope_theta of default rotary positions"),
-    ("llama", {"rope_theta": 10**400}, "rope_theta of default rotary positions must be a number above 0, got 1000"),
-    (
-        "llama",
-        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10**400}},
-        "original_max_position_embeddings of llama3 rotary positions must be a whole number above 0, got 1000",
-    ),
-    (
-        "llama",
-        {"rope_scaling": {"type": "linear"}},
-        "factor of linear rotary positions must be a number above 0, got nothing",
-    ),
-    (
-        "llama",
-        {"rope_scaling": LLAMA3},
-        "original_max_position_embeddings of llama3 rotary positions must be a whole number",
-    ),
-    (
-        "llama",
-        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192, "low_freq_factor": 4.0}},
-        "high_freq_factor must be more than low_freq_factor=4.0, got 4.0",
-    ),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is refused"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
     ("mistral", {"is_causal": None}, "is_causal=null is refused"),
     (
@@ -185,48 +129,11 @@ def test_a_config_that_no_file_could_hold_is_refused(changes, said):
     assert said in str(fault.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "unused"),
-    [
-        ("rope_parameters", {"rope_type": "default", "factor": 8.0}, "default rotary positions do not use: factor"),
-        (
-            "rope_scaling",
-            {"type": "linear", "factor": 2.0, "mscale": 1.0},
-            "linear rotary positions do not use: mscale",
-        ),
-        ("rope_parameters", {"full_attention": {"rope_type": "linear"}}, "not use: full_attention"),
-    ],
-    ids=str,
-)
-def test_keys_that_rotary_positions_do_not_use_are_said_once(key, value, unused):
-    (notice,) = read({"model_type": "llama", key: value})[1]
-    assert notice.startswith(f"config.json: keys of {key} that ")
-    assert notice.endswith(unused)
-
-
 def test_keys_that_only_the_other_of_the_two_has_are_said_once():
     assert "sliding_window" in read({"model_type": "llama", "sliding_window": 7})[1][0]
     config, (notice,) = read({"model_type": "mistral", "attention_bias": True})
     assert "attention_bias" in notice
     assert not config.attention_bias  # as transformers, whose Mistral has none
-
-
-@pytest.mark.parametrize("name", ["llama, llama3", "llama, linear"])
-def test_frequencies_are_transformers_to_the_last_bits(written, name):
-    theirs = from_pretrained(written(name)).model.rotary_emb.inv_freq.numpy()
-    ours = model.load(written(name), device="cpu").config.frequencies
-    assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, theirs, rtol=4 * 2.0**-24)  # four operations, each rounded once
-
-
-def test_frequencies_stay_where_a_captured_graph_reads_them():
-    """However many others are asked for meanwhile; and a config may have a list, which has no hash."""
-    rope, ids = Rope(5000.0, "llama3", 8.0, 1.0, 4.0, 16), torch.zeros(1, 2)
-    config = dataclasses.replace(SMALL, rope=rope, eos_token_id=[3, 5])
-    first = llama._frequencies(config, ids)
-    for factor in range(2, 40):
-        llama._frequencies(dataclasses.replace(config, rope=Rope(5000.0, "linear", factor)), ids)
-    assert llama._frequencies(config, ids) is first
 
 
 #: Parameters, by the papers and model cards: 6.74, 8.03, 1.24, 1.10 and 7.24 thousand millions.
