@@ -5,12 +5,13 @@
 `model.footprint` measures the same, and `model.room` says what is free.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from gpukernels.cast import WIDENED
+from gpukernels.threads import blas_threads
 from model.architecture import architecture
 from model.config import Config
 from model.decoder import CHUNK
@@ -28,7 +29,6 @@ _MIB = 2**20
 _BLAS_BLOCK = 448
 _BLOCK = 65536  # elements of an activation at a time, and as many beside them: gpukernels/numpy_ops
 _QUERIES, _SCORES = 128, 65536  # of attention at a time; the scores at least, where there are so many
-_WIDENED = 262144  # float16 weights that are widened at a time
 _CODE = 10**6  # pages of NumPy's and BLAS's code that the first use brings in, about (measured, same date)
 
 # Plain torch has the scores of all queries of a chunk in memory, and that often: before and behind the softmax, and
@@ -174,21 +174,15 @@ def _numpy_workspace(config: Config, tokens: int, context: int, *, narrow: bool)
     """Of `tokens` rows of a prefill over `context` keys; `narrow` weights are widened as they are used."""
     width, hidden = config.n_embd, config.feed_forward_width
     depth = hidden if hidden <= _BLAS_BLOCK else min(hidden // 2, _BLAS_BLOCK)
-    blas = (tokens + _threads() * min(hidden, _BLAS_BLOCK)) * depth
+    blas = (tokens + blas_threads() * min(hidden, _BLAS_BLOCK)) * depth
     queries = min(tokens, _QUERIES)
     scores = config.n_head * queries * context
     scores = min(max(_SCORES, scores // config.kv_heads), scores)  # of a key-value head's queries, or more
     elements = blas + scores + 2 * min(_BLOCK, tokens * hidden)
     if narrow:  # a block as it is stored (half as wide), widened, and its product
-        block = min(_WIDENED, width * hidden)
-        elements += block * 3 // 2 + tokens * min(hidden, _WIDENED // width)
+        block = min(WIDENED, width * hidden)
+        elements += max(block * 3 // 2 + tokens * min(hidden, WIDENED // width), blas_threads() * block)
     return _CODE + 4 * elements
-
-
-def _threads() -> int:
-    """Of OpenBLAS, as it decides itself."""
-    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    return min(int(asked), os.cpu_count() or 1) if asked.isdecimal() and int(asked) else os.cpu_count() or 1
 
 
 def logits_needs(config: Config, dtype: str, place: Place, rows: int, new: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ PACKAGES = {"gpukernels", "model", "bench", "tests"}
 
 #: What `model` may use of `gpukernels`: the modules that are public.
 PUBLIC = {"ops", "cast", "compile_report", "dispatch", "emulator", "verify", "interop", "launches", "numbers", "gpus"}
-PUBLIC |= {"persistent"}
+PUBLIC |= {"persistent", "threads"}
 
 MOST_LINES = 400
 
@@ -97,13 +97,16 @@ def test_bench_does_not_import_the_tests(path):
 NUMPY_SIDE = [
     *files("gpukernels/numpy_ops"),
     *(ROOT / "gpukernels/cast" / f"{name}.py" for name in ("host", "losses", "upload")),
+    ROOT / "gpukernels/threads.py",
 ]
 
 
 @pytest.mark.parametrize("path", NUMPY_SIDE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_numpy_side_imports_the_standard_library_and_numpy_only(path):
     foreign = {name for name in imports(path) if top(name) not in sys.stdlib_module_names | {"numpy"}}
-    assert all(f"{name}.".startswith(("gpukernels.numpy_ops.", "gpukernels.cast.")) for name in foreign)
+    assert all(
+        f"{name}.".startswith(("gpukernels.numpy_ops.", "gpukernels.cast.", "gpukernels.threads.")) for name in foreign
+    )
 
 
 GENERATE = """

@@ -11,10 +11,10 @@ from kinds import KINDS, both, every_kind, numpy_kinds
 from truth import Kind, check, rounded_once
 
 import gpukernels
+from gpukernels.cast import WIDENED
 from gpukernels.numpy_ops.attention import _QUERIES as QUERIES
 from gpukernels.numpy_ops.attention import _SCORES as SCORES
 from gpukernels.numpy_ops.blocks import BLOCK
-from gpukernels.numpy_ops.matmul import _WIDEN as WIDEN
 from gpukernels.verify.compare import host
 from gpukernels.verify.truth import ACTIVATIONS, bound, true_attention
 
@@ -187,12 +187,13 @@ def test_around_a_block_of_elements(kind, step):
 
 
 @pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
-@pytest.mark.parametrize(("outer", "inner"), [(3, WIDEN // 2), (2, WIDEN), (WIDEN // 64, 64)])
+@pytest.mark.parametrize(("outer", "inner"), [(3, WIDENED // 2), (2, WIDENED), (WIDENED // 64, 64)])
 @around
 def test_around_a_block_of_widened_weights(stored, outer, inner, step):
     weight = Kind("numpy", "float16").draw(*((outer, inner + step) if inner > 64 else (outer + step, inner)))
     weight = weight if stored == "(out, in)" else weight.T
-    check("linear", {"x": Kind("numpy", "float32").draw(2, weight.shape[1]), "weight": weight})
+    for rows in (1, 2):
+        check("linear", {"x": Kind("numpy", "float32").draw(rows, weight.shape[1]), "weight": weight})
 
 
 @numpy_kinds

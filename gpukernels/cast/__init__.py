@@ -7,12 +7,13 @@ kernels of `cast.cu` cast, transpose and count; `device` is its CUDA side, and a
 
 from typing import Any
 
-from gpukernels.cast.host import FORMATS, cast, round_to, widen_float16
+from gpukernels.cast.host import FORMATS, WIDENED, cast, round_to, widen_float16
 from gpukernels.cast.losses import Losses, count_losses, is_exact
 from gpukernels.cast.upload import Upload
 
 __all__ = [
     "FORMATS",
+    "WIDENED",
     "Losses",
     "Upload",
     "cast",

@@ -4,13 +4,10 @@ import math
 
 import numpy as np
 
-from gpukernels.cast import widen_float16
+from gpukernels.numpy_ops import storage
 from gpukernels.numpy_ops.blocks import compute_dtype, row_blocks
 from gpukernels.numpy_ops.norm import layer_norm, rms_norm
 from gpukernels.numpy_ops.pointwise import ACTIVATIONS
-
-# Elements of float16 weight widened at a time.
-_WIDEN = 262144
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None):
@@ -50,21 +47,6 @@ def _product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """rows (M, K) @ weight.T, (N, K) in rows' dtype or narrower, as a new (M, N) array."""
     if weight.dtype == rows.dtype:
         return np.dot(weight, rows[0])[None] if len(rows) == 1 else np.matmul(rows, weight.T)
-    if weight.dtype != np.float16 or rows.dtype != np.float32:
-        return np.matmul(rows, weight.T.astype(rows.dtype))
-    # float16 storage: widen a block that fits the cache, use it, forget it. The blocks follow the
-    # storage: rows of an (out, in) weight give columns of y; rows of (in, out) storage add up.
-    by_output = weight.flags.c_contiguous
-    storage = weight if by_output else weight.T
-    y = np.zeros((len(rows), len(weight)), np.float32)
-    step = max(1, _WIDEN // max(1, storage.shape[1]))
-    scratch = np.empty((min(step, len(storage)), storage.shape[1]), np.float32)
-    for start in range(0, len(storage), step):
-        part = slice(start, start + step)
-        block = scratch[: len(storage[part])]
-        widen_float16(np.ascontiguousarray(storage[part]), block)
-        if by_output:
-            y[:, part] = np.matmul(rows, block.T)
-        else:
-            y += np.matmul(rows[:, part], block)
-    return y
+    if weight.dtype == np.float16 and rows.dtype == np.float32:
+        return storage.product(rows, weight)
+    return np.matmul(rows, weight.T.astype(rows.dtype))

@@ -1,0 +1,71 @@
+"""Products with float16 weights on NumPy: threads of our own, and numbers that do not depend on them."""
+
+import os
+
+import numpy as np
+import pytest
+from truth import Kind, check
+
+from gpukernels import threads
+from gpukernels.cast import WIDENED
+from gpukernels.numpy_ops.storage import product
+
+
+@pytest.fixture
+def with_threads(monkeypatch):
+    """Makes it so many."""
+
+    def of(count):
+        monkeypatch.setattr(threads, "blas_threads", lambda: count)
+        threads.pool.cache_clear()
+
+    yield of
+    threads.pool.cache_clear()
+
+
+def drawn(*shape):
+    """A weight, and a row."""
+    return Kind("numpy", "float16").draw(*shape), Kind("numpy", "float32").draw(1, shape[1])
+
+
+@pytest.mark.parametrize("shape", [(4097, 300), (5, WIDENED), (1, 2 * WIDENED), (0, 7), (7, 0)], ids=str)
+def test_the_same_bits_whatever_the_threads(with_threads, shape):
+    weight, x = drawn(*shape)
+    results = []
+    for count in (1, 2, 5):
+        with_threads(count)
+        check("linear", {"x": x, "weight": weight})
+        results.append(product(x, weight))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.filterwarnings("error")
+def test_what_is_not_finite_stays_so_in_every_thread(with_threads, value):
+    weight, x = drawn(4096, 300)
+    weight[:: len(weight) - 1, 7] = value  # in the first thread's part, and the last one's
+    with_threads(3)
+    y = product(x, weight)
+    assert not np.isfinite(y[0, [0, -1]]).any()
+    assert np.isfinite(y[0, 1:-1]).all()
+    weight[:, 7], x[0, :] = value, 0  # 0 * inf in every one
+    assert np.isnan(product(x, weight)).all()
+
+
+def test_as_many_as_blas_has(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for blas, openmp, count in (("3", "2", 3), ("", "2", 2), ("0", "2", 4), ("many", "2", 4), ("9", "", 4)):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", blas)
+        monkeypatch.setenv("OMP_NUM_THREADS", openmp)
+        assert threads.blas_threads() == count
+
+
+def test_a_forked_process_has_threads_of_its_own(with_threads):
+    weight, x = drawn(2048, 768)
+    with_threads(3)
+    expected = product(x, weight)
+    child = os.fork()
+    if child == 0:
+        os._exit(int((product(x, weight) != expected).any()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
