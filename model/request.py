@@ -52,7 +52,7 @@ def read_request(
     if not isinstance(stops, list | tuple) or not all(isinstance(each, str) and each for each in stops):
         raise ModelError(f"stop must be a string or several, none of them empty, got {stop!r}")
     if stops:
-        require_tokenizer(tokenizer, "stop strings")
+        require_tokenizer(tokenizer, "stop")
 
     prompts, single = _prompts(prompt, config, tokenizer)
     limits = Limits(positions, frozenset(eos), overflow, max_new_tokens)

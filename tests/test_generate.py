@@ -295,7 +295,7 @@ def test_a_model_without_tokenizer_takes_and_gives_ids():
     assert (result.text, len(result.tokens), result.finish_reason) == ("", 3, "length")
     for what, call in {
         "text": lambda: lm.generate("a"),
-        "stop strings": lambda: lm.generate([1], stop="a"),
+        "stop": lambda: lm.generate([1], stop="a"),
     }.items():
         with pytest.raises(TokenizerError) as caught:
             call()
