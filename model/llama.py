@@ -176,7 +176,7 @@ def block(
         y = attention(q, k, v, documents=documents, **options)
     else:
         y = cached_attention(q, k, v, *cache.layer(layer), cache.lengths, arrivals=cache.arrivals, **options)
-    x = onto_stream(p, "projection", y.reshape(*x.shape[:2], -1), x, drop)
+    x = onto_stream(p, "projection", y.reshape(*x.shape[:2], config.n_head * config.head_width), x, drop)
     return onto_stream(p, "down", swiglu(*_gate_and_up(p, config, x)), x, drop)
 
 
@@ -186,7 +186,9 @@ def _queries_keys_values(p: Mapping, config: LlamaConfig, x, positions):
         rope, positions=positions, theta=config.rope.rope_theta, frequencies=_frequencies(config, x)
     )
     products = _products(p, config, x, "norm1", ("q", "k", "v"))
-    products = [each.reshape(*x.shape[:2], -1, config.head_width) for each in products]
+    products = [
+        each.reshape(*each.shape[:2], each.shape[2] // config.head_width, config.head_width) for each in products
+    ]
     if len(products) == 3:
         q, k, v = products
         return turn(q), turn(k), v

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 from damage import make
+from decoding import MISTRAL
 from finetuning import QUIET
+from reference import PATHS
 
 import model
 from model.errors import CheckpointError, ModelError, TrainingError
+from model.gpt2_config import GPT2Config
 
 
 @pytest.fixture
@@ -71,3 +74,11 @@ def test_the_home_folder_of_a_run_is_that_of_load(folder, tmp_path, monkeypatch)
     lm.load_adapter("~/out")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (3, 0), (0, 3)])
+@pytest.mark.parametrize("config", [MISTRAL, GPT2Config(vocab_size=61, n_positions=8, n_embd=8, n_layer=1, n_head=2)])
+def test_no_tokens_have_no_logits(config, shape, path):
+    lm = model.from_config(config, device=PATHS[path])
+    assert lm.logits(np.zeros(shape, int)).shape == (*((1,) if len(shape) == 1 else ()), *shape, 61)
