@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gpukernels.cast import FORMATS, Losses, cast
+from model.adapter import CONFIG_NAME as ADAPTER
 from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_entries
 from model.config import Config, read_config
@@ -110,6 +111,11 @@ def plan(source: Path, *, headers_only: bool = False) -> Plan:
     """
     folder = source.parent if source.is_file() else source
     path, faults = folder / "config.json", []
+    if os.path.isfile(folder / ADAPTER) and not os.path.lexists(path):
+        raise CheckpointError(
+            f"{folder}: holds an adapter and no model: load the model that it is of, then the adapter "
+            "(generate --adapter, lm.load_adapter)"
+        )
     values = _attempt(faults, read_json, path)
     tensors = _attempt(faults, read_entries, source)
     config = _attempt(faults, read_config, values, str(path)) if values is not None else None

@@ -139,6 +139,12 @@ def test_a_path_that_cannot_be_is_refused_in_one_sentence(name):
     assert len(caught.value.problems) == 1
 
 
+def test_a_folder_with_an_adapter_alone_is_said_to_hold_no_model(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(CheckpointError, match="holds an adapter and no model: load the model that it is of"):
+        model.load(folder, device="cpu")
+
+
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(b"\x80\x04")
