@@ -264,6 +264,11 @@ def test_text_wants_a_tokenizer_whose_ids_the_model_has(tokenizer):
     assert "got dict" in answer({}, tokenizer)
 
 
+def test_a_text_that_no_token_could_end_is_refused_with_what_to_do(tokenizer):
+    backend = type(tokenizer.backend).from_str(tokenizer.to_json().replace("<|endoftext|>", "<|end|>"))
+    assert answer(["a"], Tokenizer(backend)).endswith("no <|endoftext|>; name the id in its config.json")
+
+
 def test_data_errors_are_public_and_kinds_of_model_errors():
     assert issubclass(model.DataError, model.ModelError)
 

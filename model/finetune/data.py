@@ -77,7 +77,10 @@ def read_documents(
     if tokenizer is None:
         raise DataError(f"{name}: is text, and the model has no tokenizer; give token ids (.npy or an array)")
     if eos is None:
-        raise DataError(f"{name}: the tokenizer has no {_EOS}, which ends a document; say which token does (eos)")
+        raise DataError(
+            f"{name}: nothing ends a document: the model has no eos_token_id, and its tokenizer no {_EOS}; "
+            "name the id in its config.json"
+        )
     if kind == ".jsonl":
         texts = parse_lines(name, _read_text(path), mask_prompt)
     elif kind == ".txt":
