@@ -23,6 +23,7 @@ import numpy as np
 import typer
 
 import model
+from bench.output import require_writable
 from bench.providers import CTranslate2, Ours, Transformers, installed
 from bench.report import machine, show, write_json
 from bench.timing import Times, interleaved
@@ -74,9 +75,10 @@ def main(
     for name in preset or ():
         if name not in PRESETS:
             _refuse(f"{name!r} is not a preset: there are {', '.join(PRESETS)}")
-    for file in (json_file, html):
-        if file is not None and not file.absolute().parent.is_dir():
-            _refuse(f"{file}: there is no folder {file.absolute().parent}")
+    try:
+        require_writable(json_file, html)
+    except ValueError as fault:
+        _refuse(str(fault))
     if dtype not in (None, "float16", "bfloat16", "float32"):
         _refuse(f"dtype must be float16, bfloat16 or float32, got {dtype!r}")
     if device not in ("auto", "cpu", "cuda"):

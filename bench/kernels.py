@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.output import require_writable
 from bench.report import dumps, machine, show, write_json
 
 _WIDTH = 150  # of the text tables
@@ -47,11 +48,7 @@ def main(
 
     try:
         cases = kernel_cases.chosen(op, quick=quick)
-        for file in (json_file, html_file):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ValueError(f"{file}: there is no folder {file.absolute().parent}")
-            if file is not None and (file.is_dir() or not os.access(file.absolute().parent, os.W_OK)):
-                raise ValueError(f"{file}: no file can be written there")
+        require_writable(json_file, html_file)
         if INTERPRETING:
             raise ValueError("kernels are interpreted in this process; start it without TRITON_INTERPRET")
         earlier = _earlier(json_file) if resume else []

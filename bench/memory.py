@@ -20,6 +20,7 @@ import typer
 
 import model
 from bench.loading import Ours, Transformers
+from bench.output import require_writable
 from bench.providers import installed
 from bench.report import machine, show, write_json
 from bench.worker import Worker
@@ -51,9 +52,10 @@ def main(
     unknown = [name for name in names if name not in PRESETS]
     if unknown:
         raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {unknown[0]!r}")
-    for file in (json_file, html):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file}: there is no folder {file.absolute().parent}")
+    try:
+        require_writable(json_file, html)
+    except ValueError as fault:
+        raise typer.BadParameter(str(fault)) from None
     place = choose_device(device)
     footprints = [_footprint(name, dtype, place_of(place)) for name in PRESETS for dtype in DTYPES]
     columns = ("model", "dtype", "weights", "KV cache", "peak", "against float32")

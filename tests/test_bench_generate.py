@@ -323,6 +323,7 @@ def test_the_card():
         (["--device", "cpu", "--case", "1x128+32"], "--case"),
         (["--preset", "gpt2", "--preset", "gpt2-xl"], "one preset"),
         (["--html", "no/such/folder.html"], "no folder"),
+        (["--html", "/"], "/: no file can be written there"),
         (["--dtype", "int8"], "float16"),
         (["--device", "cpu", "--dtype", "float32"], "--dtype"),
         (["--device", "cpu", "--persistent"], "--persistent"),

@@ -43,6 +43,8 @@ def test_rows_and_page_of_ours(monkeypatch, tmp_path, capsys):
 def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(typer.BadParameter, match="there is no folder"):
         memory.main(json_file=tmp_path / "nowhere" / "figures.json")
+    with pytest.raises(typer.BadParameter, match="no file can be written there"):
+        memory.main(html=tmp_path)
 
 
 def test_a_wrong_answer_has_no_figures():
