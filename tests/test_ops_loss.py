@@ -234,6 +234,36 @@ def test_linear_cross_entropy_of_torch_on_the_cpu_never_has_all_logits(reduction
         gpukernels.linear_cross_entropy(**given)
 
 
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_the_second_derivative_of_linear_cross_entropy_is_that_of_its_parts(needed):
+    """The gradients that are made beside the loss are no constants where theirs are asked for."""
+    draws = Kind("torch", "float32").draws(hidden=(5, 6), weight=(9, 6)).values()
+    leaves = [x.requires_grad_(need) for x, need in zip(draws, needed, strict=True)]
+    targets, options = (
+        torch.tensor([1, 8, -100, 0, 3]),
+        {"label_smoothing": 0.1, "z_loss": 0.2, "weights": torch.rand(5)},
+    )
+    asked, found = [x for x in leaves if x.requires_grad], []
+    for loss in (
+        gpukernels.linear_cross_entropy(*leaves, targets, **options, chunk=2),
+        gpukernels.cross_entropy(leaves[0] @ leaves[1].T, targets, **options),
+    ):
+        firsts = torch.autograd.grad(loss.square(), asked, create_graph=True)
+        found.append((*firsts, *torch.autograd.grad(sum(x.square().sum() for x in firsts), asked)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)  # float32, sums of at most 54 terms around 1
+
+
+def test_under_autocast_the_logits_of_linear_cross_entropy_are_narrow():
+    hidden, weight = (x.requires_grad_() for x in Kind("torch", "float32").draws(hidden=(5, 6), weight=(9, 6)).values())
+    targets = torch.tensor([1, 8, -100, 0, 3])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = gpukernels.linear_cross_entropy(hidden, weight, targets)
+    want = gpukernels.linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    assert torch.equal(loss, want)
+    pairs = zip(*(torch.autograd.grad(each, (hidden, weight)) for each in (loss, want)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
 @pytest.mark.parametrize("kind", KINDS[3:], ids="-".join)
 @pytest.mark.parametrize("nothing", ["ignored", "weightless"])
 def test_the_gradient_of_a_mean_over_no_tokens_is_0(kind, nothing):

@@ -6,7 +6,6 @@ over with their gradient.
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from gpukernels.torch_ops.loss import cross_entropy, mean
 from gpukernels.torch_ops.matmul import linear
@@ -27,7 +26,8 @@ def linear_cross_entropy(
     chunk=None,
 ):
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    if hidden.device.type != "cpu" or hidden.dtype != torch.float32 or reduction == "none" or not targets.numel():
+    by_parts = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and reduction != "none" and targets.numel()
+    if not by_parts or torch.is_autocast_enabled("cpu"):  # which makes the products in 16 bits
         return cross_entropy(linear(hidden, weight), targets, weights=weights, **options, reduction=reduction)
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     kept = flat != ignore_index
@@ -70,11 +70,16 @@ class _Sum(torch.autograd.Function):
                 torch.mm(dx, weight, out=drows[part])
             if needs_weight:
                 dweight.addmm_(dx.T, rows[part])
-        ctx.save_for_backward(drows, dweight)
+        ctx.save_for_backward(drows, dweight, rows, weight, targets, g)
+        ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dloss):
-        drows, dweight = (None if each is None else each * dloss for each in ctx.saved_tensors)
-        return drows, dweight, *([None] * 8)
+        *made, rows, weight, targets, g = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: what was made is without its own graph
+            loss = cross_entropy(linear(rows, weight), targets, weights=g, **ctx.options, reduction="sum")
+            needed = [each for each, need in zip((rows, weight), ctx.needs_input_grad, strict=False) if need]
+            found = iter(torch.autograd.grad(loss, needed, dloss, create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:2]), *([None] * 8)
+        return *(None if each is None else each * dloss for each in made), *([None] * 8)
