@@ -98,6 +98,29 @@ def test_an_op_that_writes_is_compiled_whole(name):
     assert any(not torch.equal(calls[0][key], each) for key, each in given.items() if hasattr(each, "clone"))
 
 
+@pytest.mark.parametrize("sizes", [None, True], ids=["sizes as they are", "any sizes"])
+@pytest.mark.parametrize(
+    ("name", "shapes", "option"),
+    [
+        ("attention", [(1, 5, 2, 16)] * 3, "scale"),
+        ("layer_norm", [(4, 8), (8,)], "eps"),
+        ("cross_entropy", [(4, 9)], "z_loss"),
+    ],
+)
+def test_a_number_may_change_between_the_calls_of_a_graph(name, shapes, option, sizes):
+    """A graph keeps open what it has seen two values of, and asks nothing of them that it could not trace."""
+
+    def use(arrays, number):
+        return getattr(gpukernels, name)(*arrays, **{option: number})
+
+    arrays = [draw(*shape) for shape in shapes] + ([positions(4)] if name == "cross_entropy" else [])
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    torch._dynamo.reset()  # it counts the graphs of one function, whoever asked for them
+    compiled = torch.compile(use, fullgraph=True, dynamic=sizes, backend=backend)
+    for number in (0.5, 0.25, 0.125):
+        torch.testing.assert_close(compiled(arrays, number), use(arrays, number), rtol=RTOL, atol=ATOL)
+
+
 @without_a_warning
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_op_is_compiled_whole_and_without_a_warning(name):
