@@ -93,7 +93,7 @@ class Rope:
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
-        if self.mscale is not None and self.mscale_all_dim is not None:
+        if self.mscale and self.mscale_all_dim:
             return self._sharper(self.mscale) / self._sharper(self.mscale_all_dim)
         return self._sharper(1.0)
 
@@ -109,8 +109,12 @@ def _count(value: Any) -> str | None:
     return None if is_int(value) and finite(value) and value > 0 else "a whole number above 0"
 
 
-def _optional(value: Any) -> str | None:
+def _factor(value: Any) -> str | None:
     return None if value is None or (finite(value) and value > 0) else "a number above 0, or null"
+
+
+def _optional(value: Any) -> str | None:
+    return None if value is None or (finite(value) and value >= 0) else "a number from 0, which is none, or null"
 
 
 #: By kind, the keys beside rope_theta and what they must be.
@@ -127,7 +131,7 @@ _KINDS: dict[str, dict[str, Rule]] = {
     "yarn": {
         "factor": _number,
         "original_max_position_embeddings": _count,
-        "attention_factor": _optional,
+        "attention_factor": _factor,
         "beta_fast": _optional,
         "beta_slow": _optional,
         "mscale": _optional,
@@ -176,7 +180,7 @@ def read(values: Mapping[str, Any], positions: int, name: str) -> tuple[Rope, li
 def _problems(found: Mapping[str, Any], kind: str, name: str) -> list[str]:
     problems = []
     for key, rule in {"rope_theta": _number, **_KINDS[kind]}.items():
-        if key not in found and rule in (_optional, switch):
+        if key not in found and rule in (_factor, _optional, switch):
             continue
         if wanted := rule(found.get(key)):
             got = shown(found[key]) if key in found else "nothing"

@@ -73,7 +73,7 @@ WRONG = [
     ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, 'got "longrope"'),
     (
         {"rope_parameters": YARN | {"beta_fast": -1}},
-        "beta_fast of yarn rotary positions must be a number above",
+        "beta_fast of yarn rotary positions must be a number from 0",
     ),
     (
         {"rope_parameters": YARN | {"truncate": None}},
@@ -141,6 +141,17 @@ def test_frequencies_are_transformers_to_the_last_bits(name):
     # Two values are blended, each of four operations, each rounded once: and the weights of the two.
     np.testing.assert_allclose(config.frequencies, theirs.inv_freq.numpy(), rtol=8 * 2.0**-24)
     assert config.rope.scale == pytest.approx(theirs.attention_scaling, rel=1e-15)
+
+
+def test_a_zero_is_no_weight_for_yarn_as_for_transformers():
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    values = YARN | {"rope_theta": 1e4, "mscale": 2.0, "mscale_all_dim": 0, "beta_fast": 0}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=dict(values)))
+    config = read({"rope_parameters": values})[0]
+    assert config.rope.scale == theirs.attention_scaling != 1
+    np.testing.assert_allclose(config.frequencies, theirs.inv_freq.numpy(), rtol=8 * 2.0**-24)
 
 
 def test_frequencies_stay_where_a_captured_graph_reads_them():
