@@ -29,7 +29,6 @@ def emulated(capability: int, *, seed: int | None = 0, multiprocessors: int | No
     Args:
         capability: 80 (A100), 89 (RTX 4090) or 90 (H100).
         seed: of the errors of approximate instructions, which are drawn within what the PTX ISA allows; None: none.
-
         multiprocessors: how many the GPU has; default as many as that chip. With a few, programs that take one tile
             after the other do so at small sizes too.
 
