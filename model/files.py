@@ -85,4 +85,6 @@ def disguise(start: bytes) -> str | None:
         return f"this is a web page, not the file: the download failed; {AGAIN}"
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return f"this is a pickle under another name, which can run code; {CONVERT}"
+    if start.startswith(b"GGUF"):
+        return "this is a GGUF file under another name, which is not read here; take the model's safetensors"
     return None

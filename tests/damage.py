@@ -251,6 +251,7 @@ _WEIGHTS: dict[str, tuple[str, Do]] = {
     "a Git LFS pointer": ("git lfs pull", _weights(lambda _: LFS_POINTER)),
     "a web page": ("web page", _weights(lambda _: b"\n<!DOCTYPE html><html><body>Sign in, please.</body></html>")),
     "a zip": ("a pickle under another name", _weights(lambda _: b"PK\x03\x04" + bytes(100))),
+    "GGUF": ("this is a GGUF file", _weights(lambda _: b"GGUF\x03\0\0\0" + bytes(100))),
     "a pickle": ("a pickle under another name", _weights(lambda _: b"\x80\x04\x95" + bytes(100))),
     "weights that are a folder": ("cannot be read: Is a directory", _directory(WEIGHTS_NAME)),
     "weights that are a loop of links": ("cannot be read", _loop(WEIGHTS_NAME)),
