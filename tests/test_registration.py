@@ -4,6 +4,7 @@ Runs twice: with the CPU implementations in plain torch, and once more with the 
 of the GPU's tests.
 """
 
+import itertools
 from functools import partial
 
 import pytest
@@ -155,29 +156,25 @@ def embedding_calls(kind):
     yield "embedding_backward", (kind.draw(1, 3, 20), ids, 3, weight.dtype)
 
 
-def calls(kind) -> list[tuple[str, tuple]]:
-    """Calls of every op: its name and its arguments."""
-    families = (
-        *(norm_calls, attention_calls, product_calls, few_rows_calls),
-        *(loss_calls, linear_loss_calls, adamw_calls),
-        *(decode_attention_calls, cached_attention_calls, sample_calls),
-        *(pointwise_calls, embedding_calls),
-    )
-    return [call for family in families for call in family(kind)]
+FAMILIES = (
+    norm_calls, attention_calls, product_calls, few_rows_calls, loss_calls, linear_loss_calls, adamw_calls,
+    decode_attention_calls, cached_attention_calls, sample_calls, pointwise_calls, embedding_calls,
+)  # fmt: skip
+
+# Its family and its place there tell a call from the others; inputs, which other ops have to make, are made when its
+# test runs.
+CALLS = [(family, number, name) for family in FAMILIES for number, (name, _) in enumerate(family(SINGLE))]
 
 
 def test_every_op_is_here():
-    assert {name for name, _ in calls(SINGLE)} == set(LAUNCHERS)
-
-
-# The number tells the calls of one op apart; inputs are made when a test runs.
-NUMBERED = [(number, name) for number, (name, _) in enumerate(calls(SINGLE))]
+    assert {name for _, _, name in CALLS} == set(LAUNCHERS)
 
 
 @pytest.mark.parametrize("kind", [SINGLE, HALF], ids=lambda kind: kind.dtype)
-@pytest.mark.parametrize(("number", "name"), NUMBERED)
-def test_opcheck(kind, number, name):
-    torch.library.opcheck(getattr(torch.ops.gpukernels, name).default, calls(kind)[number][1])
+@pytest.mark.parametrize(("family", "number", "name"), CALLS, ids=lambda each: getattr(each, "__name__", str(each)))
+def test_opcheck(kind, family, number, name):
+    _, arguments = next(itertools.islice(family(kind), number, None))
+    torch.library.opcheck(getattr(torch.ops.gpukernels, name).default, arguments)
 
 
 def norms(x, weight, bias):
