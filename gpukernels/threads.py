@@ -4,18 +4,26 @@ import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+#: Of our own, at most: every pass over a block takes Python's lock, and more threads would wait for that.
+MOST = 8
+
 
 def blas_threads() -> int:
-    """How many OpenBLAS takes: what it is told, at most one for each core."""
+    """How many OpenBLAS takes: what it is told, at most one for each core that this process may use."""
     asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
+
+
+def threads() -> int:
+    """How many share a pass that NumPy has no threads for; the one that asks is one of them."""
+    return min(blas_threads(), MOST)
 
 
 @functools.cache
 def pool() -> ThreadPoolExecutor:
-    """As many as there are beside the one that asks."""
-    return ThreadPoolExecutor(max(1, blas_threads() - 1), "gpukernels")
+    """Those beside the one that asks."""
+    return ThreadPoolExecutor(max(1, threads() - 1), "gpukernels")
 
 
 if hasattr(os, "register_at_fork"):

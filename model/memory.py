@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gpukernels.cast import WIDENED
-from gpukernels.threads import blas_threads
+from gpukernels.threads import blas_threads, threads
 from model.architecture import architecture
 from model.config import Config
 from model.decoder import CHUNK
@@ -181,7 +181,7 @@ def _numpy_workspace(config: Config, tokens: int, context: int, *, narrow: bool)
     elements = blas + scores + 2 * min(_BLOCK, tokens * hidden)
     if narrow:  # a block as it is stored (half as wide), widened, and its product
         block = min(WIDENED, width * hidden)
-        elements += max(block * 3 // 2 + tokens * min(hidden, WIDENED // width), blas_threads() * block)
+        elements += max(block * 3 // 2 + tokens * min(hidden, WIDENED // width), threads() * block)
     return _CODE + 4 * elements
 
 

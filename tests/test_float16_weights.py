@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from truth import Kind, check
 
-from gpukernels import threads
 from gpukernels.cast import WIDENED
+from gpukernels.numpy_ops import storage
 from gpukernels.numpy_ops.storage import product
+from gpukernels.threads import MOST, blas_threads, pool, threads
 
 
 @pytest.fixture
@@ -16,11 +17,12 @@ def with_threads(monkeypatch):
     """Makes it so many."""
 
     def of(count):
-        monkeypatch.setattr(threads, "blas_threads", lambda: count)
-        threads.pool.cache_clear()
+        monkeypatch.setattr(storage, "threads", lambda: count)
+        monkeypatch.setattr("gpukernels.threads.threads", lambda: count)
+        pool.cache_clear()
 
     yield of
-    threads.pool.cache_clear()
+    pool.cache_clear()
 
 
 def drawn(*shape):
@@ -53,12 +55,17 @@ def test_what_is_not_finite_stays_so_in_every_thread(with_threads, value):
     assert np.isnan(product(x, weight)).all()
 
 
-def test_as_many_as_blas_has(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+def test_as_many_as_blas_has_and_no_more_than_pythons_lock_lets_run(monkeypatch):
+    """One for each core that the process may use, which are fewer than the machine's in a container."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
     for blas, openmp, count in (("3", "2", 3), ("", "2", 2), ("0", "2", 4), ("many", "2", 4), ("9", "", 4)):
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", blas)
         monkeypatch.setenv("OMP_NUM_THREADS", openmp)
-        assert threads.blas_threads() == count
+        assert blas_threads() == threads() == count
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "")
+    assert (blas_threads(), threads()) == (32, MOST)
 
 
 def test_a_forked_process_has_threads_of_its_own(with_threads):

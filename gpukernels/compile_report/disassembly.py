@@ -54,7 +54,8 @@ def _take_apart(cubins: list[bytes], capability: int) -> None:
         last = first + len(code) // _WIDTH
         found[cubin][function] |= listing(instructions[first:last], first)
         first = last
-    assert first == len(instructions), f"{len(instructions)} of {first} instructions are listed"
+    if first != len(instructions):
+        raise RuntimeError(f"nvdisasm lists {len(instructions)} instructions of {first}")
     for cubin, functions in found.items():
         _cache(cubin).put(json.dumps(functions), _FILE, binary=False)
 

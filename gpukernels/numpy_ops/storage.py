@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpukernels import threads
 from gpukernels.cast import WIDENED, widen_float16
+from gpukernels.threads import pool, threads
 
 
 def product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -23,10 +23,10 @@ def product(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
         for part, block in _blocks(weight):
             np.matmul(rows, block.T, out=y[:, part])
         return y
-    count = max(1, min(threads.blas_threads(), 2 * weight.size // WIDENED))
+    count = max(1, min(threads(), 2 * weight.size // WIDENED))
     ends = [len(weight) * each // count for each in range(count + 1)]
     parts = [slice(*each) for each in itertools.pairwise(ends)]
-    others = [threads.pool().submit(_dot, weight[part], rows[0], y[0, part]) for part in parts[1:]]
+    others = [pool().submit(_dot, weight[part], rows[0], y[0, part]) for part in parts[1:]]
     _dot(weight[parts[0]], rows[0], y[0, parts[0]])
     for each in others:
         each.result()
