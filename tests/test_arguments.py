@@ -60,7 +60,8 @@ def test_what_is_no_path_is_no_folder_of_a_run(folder, out):
 
 
 @pytest.mark.parametrize("out", ["a\0b", "x" * 300, "~nobody-has-this-name/x"])
-def test_a_path_that_cannot_be_is_no_folder_of_a_run(folder, out):
+def test_a_path_that_cannot_be_is_no_folder_of_a_run(folder, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lm = model.load(folder, device="cpu")
     with pytest.raises(TrainingError, match="cannot be a path"):
         lm.finetune(np.arange(60), out=out, console=QUIET)
