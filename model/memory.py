@@ -17,6 +17,7 @@ from model.config import Config
 from model.decoder import CHUNK
 from model.device import WIDTHS, Device, NumpyDevice, sees_gpu
 from model.graph import captured_capacity, is_capturable, prompt_sizes
+from model.llama_config import LlamaConfig
 from model.parameters import padded_rows, padded_sizes
 
 #: Whose memory: NumPy's, that of plain torch on the CPU, or a GPU's.
@@ -31,9 +32,12 @@ _BLOCK = 65536  # elements of an activation at a time, and as many beside them: 
 _QUERIES, _SCORES = 128, 65536  # of attention at a time; the scores at least, where there are so many
 _CODE = 10**6  # pages of NumPy's and BLAS's code that the first use brings in, about (measured, same date)
 
-# Plain torch has the scores of all queries of a chunk in memory, and that often: before and behind the softmax, and
-# what of it is visible (gpukernels/torch_ops/attention.py). Beside that code and buffers, about (measured, torch 2.13).
-_SCORES_OF_TORCH, _CODE_OF_TORCH = 3, 3 * 10**7
+# Plain torch on the CPU: code and buffers, about; and of a feed-forward's numbers beside what a block has alive, what
+# MKL packs and the allocator does not give back. Measured with torch 2.13, 2026-11-28, up to GPT-2 124M: peaks are a
+# tenth above this at most, a fifth below.
+_CODE_OF_TORCH, _FED_OF_TORCH = 22 * 10**6, 4.5
+# SwiGLU of narrow numbers is computed in float32, which is so many more.
+_GATED_OF_TORCH = 5
 
 # Decode attention's partial results of one row, of all heads together: about one for each multiprocessor of an
 # H100; see gpukernels/kernels/attention/decode.py.
@@ -157,17 +161,23 @@ def predict(
         workspace = batch * _PARTIALS * (config.head_width + 2) * 4
         slack = sum(-size % _SEGMENT for size in tensors) + _LARGE_POOL + _SEGMENT + LOADING  # which it keeps
     elif place == "torch":
-        workspace = _torch_workspace(config, tokens, context, batch)
+        workspace = _torch_workspace(config, dtype, max(tokens, batch), tokens, context)
     else:
         workspace = _numpy_workspace(config, tokens, context, narrow=dtype != "float32")
     return Ledger(place, dtype, batch, context, **ledger, workspace=workspace, slack=slack)
 
 
-def _torch_workspace(config: Config, queries: int, keys: int, rows: int) -> int:
-    """Of attention in plain torch: float32 scores of a prefill's `queries`; keys and values for each query head, of
-    all `rows` in a step, and there twice."""
-    scores, copy = config.n_head * queries * keys, config.n_head * keys * config.head_width
-    return _CODE_OF_TORCH + 4 * max(_SCORES_OF_TORCH * scores + 2 * copy, 4 * rows * copy)
+def _torch_workspace(config: Config, dtype: str, tokens: int, queries: int, keys: int) -> int:
+    """Of `tokens`; attention has `queries` of one row over `keys` at a time: a mask, as bytes and as float32, where
+    there is more to hide than the keys that follow; and narrow numbers in float32."""
+    width = WIDTHS[dtype]
+    gated = isinstance(config, LlamaConfig) and width < 4
+    feed_forward = tokens * config.feed_forward_width * (_FED_OF_TORCH * width + 4 * _GATED_OF_TORCH * gated)
+    window = getattr(config, "sliding_window", None) or keys
+    attention = 5 * queries * keys if min(queries, window) < keys else 0
+    if width < 4:
+        attention += 4 * config.head_width * 2 * (keys * config.kv_heads + queries * config.n_head)
+    return _CODE_OF_TORCH + int(max(feed_forward, attention))
 
 
 def _numpy_workspace(config: Config, tokens: int, context: int, *, narrow: bool) -> int:
@@ -198,10 +208,7 @@ def logits_needs(config: Config, dtype: str, place: Place, rows: int, new: int) 
     if place == "numpy":
         needs["workspace"] = _numpy_workspace(config, tokens, new, narrow=dtype != "float32")
     elif place == "torch":
-        # Its own attention stores no scores: float32, over all that came before.
-        window = getattr(config, "sliding_window", None)
-        stored = dtype != "float32" or (window is not None and window < new)
-        needs["workspace"] = _torch_workspace(config, tokens, new, rows) if stored else _CODE_OF_TORCH
+        needs["workspace"] = _torch_workspace(config, dtype, tokens, new, new)
     return needs
 
 

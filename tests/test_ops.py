@@ -274,3 +274,17 @@ def test_a_whole_number_may_be_numpys(library):
     options = {"chunk": np.int32(4), "ignore_index": np.int64(3)}
     plain = gpukernels.linear_cross_entropy(hidden, weight, targets, chunk=4, ignore_index=3)
     assert host(gpukernels.linear_cross_entropy(hidden, weight, targets, **options)) == host(plain)
+
+
+def test_attention_with_lengths_is_differentiable_twice_on_the_cpu():
+    """Without a gradient torch's own attention computes it, which is not."""
+
+    def penalty(dtype):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 5, 2, 4, generator=generator).to(dtype).requires_grad_() for _ in "qkv")
+        out = gpukernels.attention(q, k, v, lengths=torch.tensor([5, 3]), window=2)
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
+        return torch.autograd.grad(sum(each.square().sum() for each in gradients), (q, k, v))
+
+    for found, want in zip(penalty(torch.float32), penalty(torch.float64), strict=True):
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-4)

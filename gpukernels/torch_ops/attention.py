@@ -1,4 +1,4 @@
-"""Attention with all scores in memory, but for what torch's own attention of the CPU can do in float32."""
+"""Attention with all scores in memory, but for what torch's own attention of the CPU can do."""
 
 import math
 
@@ -21,6 +21,9 @@ def attention(
             return _causal(q, k, v, scale)
         if not torch.compiler.is_compiling():  # a graph cannot have as many parts as there are documents
             return _by_document(q, k, v, documents, scale)
+    if causal and documents is None and not return_lse and batch and _inference(q, k, v):
+        in_use = [keys] * batch if lengths is None else lengths.tolist()
+        return torch.stack([_tail(*row, window, scale) for row in zip(q, k, v, in_use, strict=True)])
     if lengths is None:
         lengths = torch.full((batch,), keys, dtype=torch.int64, device=q.device)
     position = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, T)
@@ -64,6 +67,32 @@ def _causal(q, k, v, scale):
     return out.transpose(1, 2).contiguous()
 
 
+def _inference(*arrays: torch.Tensor) -> bool:
+    """Whether nothing differentiates, and lengths may be looked at: on the CPU a row is as much work as it is long."""
+    narrow = arrays[0].device.type == "cpu" and arrays[0].dtype != torch.float64
+    gradient = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+    return narrow and not gradient and not torch.compiler.is_compiling()
+
+
+def _tail(q, k, v, length, window, scale):
+    """One row: queries (T, H, D), of which the last ones are the tail of the `length` keys in use; (T, H, D)."""
+    new = min(len(q), length)
+    first = 0 if window is None else max(0, length - new - window + 1)  # the first key that any query sees
+    compute = torch.promote_types(q.dtype, torch.float32)
+    queries, k, v = (
+        each.to(compute).transpose(0, 1)[None] for each in (q[len(q) - new :], k[first:length], v[first:length])
+    )
+    keys, mask = length - first, None
+    if 1 < new < keys or (window is not None and window < new):
+        mask = torch.ones(new, keys, dtype=torch.bool).tril_(keys - new)
+        if window is not None:
+            mask.triu_(keys - new - window + 1)
+    options = {"attn_mask": mask, "is_causal": mask is None and new > 1, "enable_gqa": q.shape[1] != k.shape[1]}
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out[len(q) - new :] = F.scaled_dot_product_attention(queries, k, v, scale=scale, **options)[0].transpose(0, 1)
+    return out
+
+
 def _by_document(q, k, v, documents, scale):
     """Each run by itself: what is in another is not even multiplied by 0."""
     batch, new = documents.shape
@@ -88,9 +117,15 @@ def decode_attention(q, k, v, lengths, *, window=None, scale=None):
 
 def cached_attention(q, k, v, keys, values, lengths, *, window=None, scale=None, arrivals=None):
     new = k.shape[1]
-    place = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, N)
-    inside = (place >= 0) & (place < keys.shape[1])
-    row = torch.arange(len(q), device=q.device)[:, None].expand_as(place)
-    for cache, each in ((keys, k), (values, v)):
-        cache[row[inside], place[inside].long()] = each[inside]
+    if _inference(q, k, v):
+        for row, length in enumerate(lengths.tolist()):
+            start, padding = max(0, length - new), max(0, new - length)
+            keys[row, start:length] = k[row, padding:]
+            values[row, start:length] = v[row, padding:]
+    else:
+        place = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, N)
+        inside = (place >= 0) & (place < keys.shape[1])
+        row = torch.arange(len(q), device=q.device)[:, None].expand_as(place)
+        for cache, each in ((keys, k), (values, v)):
+            cache[row[inside], place[inside].long()] = each[inside]
     return attention(q, keys, values, window=window, lengths=lengths, scale=scale)
