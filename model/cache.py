@@ -59,8 +59,7 @@ class Cache:
         # A slice is filled by the device; an element would be copied to it, for which the host waits.
         self.lengths[row : row + 1] = length
 
-    def move(self, source: int, target: int) -> None:
-        """Copies row `source` over row `target`."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
-        self.lengths[target] = self.lengths[source]
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the first `tokens` keys and values of row `source` over those of row `target`."""
+        self.keys[:, target, :, :tokens] = self.keys[:, source, :, :tokens]
+        self.values[:, target, :, :tokens] = self.values[:, source, :, :tokens]

@@ -71,16 +71,23 @@ class Decoder:
         stream: int = 0,
         step: int = 0,
         seen: Collection[int] = (),
+        like: int | None = None,
     ) -> Tokens:
         """Starts row `row` with these tokens, and chooses the one behind them.
 
         Args:
             seed, stream, step: what the first token is drawn from; the next one from step + 1.
             seen: the ids that the repetition penalty falls on.
+            like: a row that has been started with the same tokens by the call before this one. They are not computed
+                again: what would come out is there, to the bit.
         """
         self.sampling.set(row, sampling, seed=seed, stream=stream, step=step, seen=seen)
-        logits = self.prefill(row, ids)
-        return self._device.fetch(self._choose(logits, row, row + 1, self._names(row, row + 1)))
+        if like is None:
+            self._prompt_logits = self.prefill(row, ids)
+        else:
+            self.cache.copy(like, row, len(ids))
+            self._hold(row, len(ids))
+        return self._device.fetch(self._choose(self._prompt_logits, row, row + 1, self._names(row, row + 1)))
 
     def step(self, rows: int) -> Tokens:
         """Feeds each of the first `rows` rows the token chosen last, and chooses the next ones."""
@@ -94,7 +101,8 @@ class Decoder:
 
     def move(self, source: int, target: int) -> None:
         """Copies row `source` over row `target`."""
-        self.cache.move(source, target)
+        self.cache.copy(source, target, self.lengths[source])
+        self.cache.lengths[target] = self.cache.lengths[source]
         self.sampling.move(source, target)
         self._x[target] = self._x[source]
         self.lengths[target] = self.lengths[source]

@@ -114,8 +114,8 @@ class Row:
         """How many tokens the row may hold in the cache."""
         return len(self.prompt) + (self._limit or 0)
 
-    def start(self, decoder: Decoder, slot: int) -> Tokens:
-        """Computes what the row holds, in a slot of the decoder; its next token."""
+    def start(self, decoder: Decoder, slot: int, *, like: int | None = None) -> Tokens:
+        """Computes what the row holds, in a slot of the decoder; its next token. like: see `Decoder.start`."""
         step = len(self.tokens)
         if step == 0:
             self._started = time.perf_counter()
@@ -127,6 +127,7 @@ class Row:
             stream=self._stream,
             step=step,
             seen=[*self.prompt, *self.tokens],
+            like=like,
         )
 
     def ends_with(self, more: int) -> bool:
@@ -202,7 +203,9 @@ def run(decoder: Decoder, rows: Sequence[Row], *, slots: int, limits: Limits) ->
         while waiting and len(active) < slots:
             row = waiting.popleft()
             if row.finish_reason is None:
-                joining.append((row, row.start(decoder, len(active))))
+                slot = len(active)
+                again = bool(joining) and joining[-1][0].prompt == row.prompt
+                joining.append((row, row.start(decoder, slot, like=slot - 1 if again else None)))
                 active.append(row)
         for row, tokens in joining:  # read when all are on their way
             if row.finish_reason is None:

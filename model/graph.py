@@ -109,14 +109,14 @@ class GraphDecoder(Decoder):
         if row != last and self.lengths[last]:
             self._hold(row, len(ids))
             with dependent_launches():  # kernels that are compiled by now
-                return self._prompt_logits(row, prompt)
+                return self._read_prompt(row, prompt)
         replay, logits = self._prompt_graph(size)
         self._device.assign(self._prompts[size], prompt)
         self._hold(last, len(ids))
         replay()
         if row != last:
-            self.cache.move(last, row)
-            self.lengths[row] = len(ids)
+            self.cache.copy(last, row, len(ids))
+            self._hold(row, len(ids))
             self.release(last)
         return logits
 
@@ -141,9 +141,9 @@ class GraphDecoder(Decoder):
     def _prompt_graph(self, size: int) -> tuple[Callable[[], None], Any]:
         if size not in self._prompts:
             self._prompts[size] = self._device.indices([[0] * size] * 2)
-        return self._graph(("prompt", size), lambda: self._prompt_logits(self.rows - 1, self._prompts[size]))
+        return self._graph(("prompt", size), lambda: self._read_prompt(self.rows - 1, self._prompts[size]))
 
-    def _prompt_logits(self, row: int, prompt: Any) -> Any:
+    def _read_prompt(self, row: int, prompt: Any) -> Any:
         """(1, V) behind a prompt: ids and positions, (2, T)."""
         return self._model.unembed(
             self._parameters, self._config, self._read(row, prompt[:1], prompt[1:], self.capacity)

@@ -124,7 +124,7 @@ class LanguageModel:
             stop: text that ends a row; it is not part of the result.
             seed: fixes the draws. Row i draws from stream i of one seed; with a list, one seed for each
                 row, each draws from stream 0 of its own, as it would alone. None: a new one.
-            n: rows for each prompt, one after the other in the result.
+            n: rows for each prompt, one after the other in the result; those that start together compute it once.
             overflow: what happens where the positions end: "error" (before anything is computed),
                 "truncate_left" (the prompt loses its beginning), "slide" (the older half is forgotten
                 and the rest computed anew, again and again).

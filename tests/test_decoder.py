@@ -41,6 +41,29 @@ def test_rows_join_and_leave(expected, device, slots, captured, ahead):
 
 
 @devices
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("slots", [1, 3, 4, 7])
+def test_a_prompt_is_computed_once_for_neighbours_that_join_together(expected, device, slots, captured, monkeypatch):
+    decoder, prompts = decoder_of(lively(device), rows=slots, captured=captured), []
+    prefill = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda row, ids: prompts.append(ids) or prefill(row, ids))
+    only = [2, 2, 2, 5, 5, 2, 4]
+    assert generated(decoder, slots=slots, only=only) == [expected[each] for each in only]
+    assert len(prompts) == {1: 7, 3: 4, 4: 5, 7: 4}[slots]
+
+
+@devices
+def test_samples_of_a_prompt_are_those_that_are_drawn_one_at_a_time(device):
+    options = {"n": 5, "seed": 4, "temperature": 1.0, "repetition_penalty": 1.3, "max_new_tokens": 6}
+    together, alone = (
+        [answer.tokens for answer in lively(device).generate([3, 1, 4, 1, 5], **options, batch_size=size)]
+        for size in (5, 1)
+    )
+    assert together == alone
+    assert len({tuple(tokens) for tokens in together}) > 1
+
+
+@devices
 @pytest.mark.parametrize("ahead", [False, True], ids=["in step", "ahead"])
 def test_a_row_that_ends_by_itself(expected, device, ahead):
     eos = {tokens[len(tokens) // 2] for tokens in expected}
