@@ -79,7 +79,7 @@ def locate(
     """
     path = as_path("source", source, CheckpointError)
     if os.path.exists(path):  # False where a link leads into what may not be read
-        if path.is_file() and path.suffix != ".safetensors":
+        if not path.is_dir() and not (path.is_file() and path.suffix == ".safetensors"):
             raise CheckpointError(f"{path}: must be a folder or a .safetensors file")
         return path
     if str(source) == BUNDLED:

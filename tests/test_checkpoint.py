@@ -1,6 +1,7 @@
 """Headers, shards, names and the head of a checkpoint: what is read, dropped, or listed where it does not fit."""
 
 import json
+import os
 import shutil
 import sys
 import tracemalloc
@@ -153,6 +154,17 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
 
 
 # --- shards
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_a_pipe_is_refused_and_not_waited_for(folder):
+    (folder / WEIGHTS_NAME).unlink()
+    os.mkfifo(folder / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match="read from several places, and this is a pipe"):
+        model.load(folder, device="cpu")
+    with pytest.raises(CheckpointError, match="must be a folder or a .safetensors file"):
+        model.load(folder / WEIGHTS_NAME, device="cpu")
+    assert "this is a pipe" in str(check(folder).problems)
 
 
 def test_shards_load_as_the_single_file_does(folder):
