@@ -162,7 +162,7 @@ def test_a_pipe_is_refused_and_not_waited_for(folder):
     os.mkfifo(folder / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match="read from several places, and this is a pipe"):
         model.load(folder, device="cpu")
-    with pytest.raises(CheckpointError, match="must be a folder or a .safetensors file"):
+    with pytest.raises(CheckpointError, match="must be a folder or a"):
         model.load(folder / WEIGHTS_NAME, device="cpu")
     assert "this is a pipe" in str(check(folder).problems)
 

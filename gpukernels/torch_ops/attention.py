@@ -88,9 +88,8 @@ def _tail(q, k, v, length, window, scale):
         if window is not None:
             mask.triu_(keys - new - window + 1)
     options = {"attn_mask": mask, "is_causal": mask is None and new > 1, "enable_gqa": q.shape[1] != k.shape[1]}
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    out[len(q) - new :] = F.scaled_dot_product_attention(queries, k, v, scale=scale, **options)[0].transpose(0, 1)
-    return out
+    out = F.scaled_dot_product_attention(queries, k, v, scale=scale, **options)[0].transpose(0, 1).to(q.dtype)
+    return out if new == len(q) else torch.cat([torch.zeros_like(q[: len(q) - new]), out])
 
 
 def _by_document(q, k, v, documents, scale):
