@@ -164,9 +164,9 @@ class OursPersistent(OursEager):
             # From the same state, whatever token the last step chose.
             ours.lengths = list(eager.lengths)
             for mine, other in ((ours.cache, eager.cache), (ours, eager)):
-                for name, array in vars(other).items():
+                for name, array in vars(mine).items():
                     if isinstance(array, torch.Tensor):
-                        getattr(mine, name).copy_(array)
+                        array.copy_(getattr(other, name))
             logits = eager._logits(rows, eager.capacity).float()
             eager.step(rows)()
             ours.step(rows)()

@@ -69,7 +69,7 @@ def between(page: str) -> str:
 
 
 def measured(folder: Path) -> str:
-    """The whole section: generation on the CPU, what calls cost the host, then each GPU's latest run."""
+    """The whole section: generation and loading on the CPU, what calls cost the host, then each GPU's latest run."""
     sections, latest = [], {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -77,6 +77,8 @@ def measured(folder: Path) -> str:
             sections.append(_cpu(document, path.name))
         elif path.name.startswith("overhead-"):
             sections.append(_host(document, path.name))
+        elif document.get("bench") == "memory" and path.name.startswith("memory-cpu-"):
+            sections.append(_loads(document, path.name))
         elif document.get("bench") == "gpu":
             latest[document["machine"]["gpu"]["name"]] = (document, path.name)  # the last by date
     for document, name in latest.values():
@@ -122,6 +124,27 @@ def _host(document: Document, name: str) -> str:
     columns = ("call", "launches", "whole", "of it launcher and Triton", "recording a gradient")
     keys = ("call", "launches", "whole", "launchers", "gradient")
     rows = [["" if row[key] is None else row[key] for key in keys] for row in document["figures"]]
+    return f"{_wrapped(text)}\n\n{table(columns, rows)}"
+
+
+def _loads(document: Document, name: str) -> str:
+    """What `bench.memory` measured on a CPU."""
+    text = (
+        f"Loading float32 files that the system has in its cache, on {document['cores']} cores of "
+        f"{_article(document['processor'])}, {document['date']}: the quickest of {document['rounds']} rounds in a new "
+        "process, and the most that resident memory grew over what it was after the imports "
+        f"(`python -m bench.memory`; `bench/results/{name}`):"
+    )
+    columns = ("model", "weights", "runtime", "load, s", "first logits, s", "peak, MB", "of the weights")
+    rows = []
+    for row in document["loads"]:
+        cells = [row["model"], row["dtype"], row["runtime"]]
+        if row["wrong"]:
+            cells += ["wrong answer", "", "", ""]
+        else:
+            cells += [f"{row['seconds']:.2f}", f"{row['seconds_to_logits']:.2f}", f"{row['peak'] / 1e6:.0f}"]
+            cells.append(f"{row['peak'] / row['weights']:.2f}")
+        rows.append(cells)
     return f"{_wrapped(text)}\n\n{table(columns, rows)}"
 
 

@@ -52,6 +52,7 @@ class Decoder:
         self.sampling = SamplingState(self._device, rows, vocabulary or config.vocab_size)
         # The token that each row feeds next, embedded.
         self._x = self._device.zeros((rows, 1, config.n_embd), parameters.activation_dtype)
+        self._prompt_logits: Any = None  # (1, V), of the row that was started last
 
     @property
     def rows(self) -> int:
