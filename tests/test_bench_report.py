@@ -57,6 +57,19 @@ def test_the_hosts_table_is_of_its_file():
         assert f"| {row['call']} | {row['launches']} | {row['whole']} | {row['launchers']} | {gradient} |" in text
 
 
+def test_what_loading_takes_on_a_cpu_is_a_table(tmp_path):
+    right = {"model": "gpt2", "dtype": "float16", "runtime": "ours", "wrong": False, "seconds": 0.5}
+    right |= {"seconds_to_logits": 0.625, "peak": 300_000_000, "weights": 250_000_000}
+    wrong = {"model": "gpt2", "dtype": "float32", "runtime": "transformers", "wrong": True, "max_logit_error": None}
+    document = {"bench": "memory", "cores": 2, "processor": "AMD", "date": "2026-01-01", "rounds": 3}
+    for name in ("memory-cpu-x.json", "memory-gpu.json"):
+        (tmp_path / name).write_text(json.dumps(document | {"loads": [right, wrong]}))
+    text = measured(tmp_path)
+    assert "| gpt2 | float16 | ours | 0.50 | 0.62 | 300 | 1.20 |" in text
+    assert text.count("| gpt2 | float32 | transformers | wrong answer |  |  |  |") == 1
+    assert "on 2 cores of an AMD, 2026-01-01: the quickest of 3 rounds" in " ".join(text.split())
+
+
 def test_nothing_measured_says_so(tmp_path):
     assert measured(tmp_path) == "GPU figures: not yet measured."
 
