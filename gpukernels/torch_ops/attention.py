@@ -82,14 +82,18 @@ def _tail(q, k, v, length, window, scale):
     queries, k, v = (
         each.to(compute).transpose(0, 1)[None] for each in (q[len(q) - new :], k[first:length], v[first:length])
     )
-    keys, mask = length - first, None
-    if 1 < new < keys or (window is not None and window < new):
-        mask = torch.ones(new, keys, dtype=torch.bool).tril_(keys - new)
-        if window is not None:
-            mask.triu_(keys - new - window + 1)
-    options = {"attn_mask": mask, "is_causal": mask is None and new > 1, "enable_gqa": q.shape[1] != k.shape[1]}
-    out = F.scaled_dot_product_attention(queries, k, v, scale=scale, **options)[0].transpose(0, 1).to(q.dtype)
-    return out if new == len(q) else torch.cat([torch.zeros_like(q[: len(q) - new]), out])
+    if new == 1:  # the query heads of a key-value head as so many queries, which copies no keys
+        out = F.scaled_dot_product_attention(queries.reshape(1, k.shape[1], -1, q.shape[2]), k, v, scale=scale)
+        out = out.reshape(1, *q.shape[1:])
+    else:
+        keys, mask = length - first, None
+        if new < keys or (window is not None and window < new):
+            mask = torch.ones(new, keys, dtype=torch.bool).tril_(keys - new)
+            if window is not None:
+                mask.triu_(keys - new - window + 1)
+        options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
+        out = F.scaled_dot_product_attention(queries, k, v, scale=scale, **options)[0].transpose(0, 1)
+    return out.to(q.dtype) if new == len(q) else torch.cat([torch.zeros_like(q[: len(q) - new]), out.to(q.dtype)])
 
 
 def _by_document(q, k, v, documents, scale):
