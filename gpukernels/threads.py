@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 #: Of our own, at most: every pass over a block takes Python's lock, and more threads would wait for that.
@@ -10,9 +11,14 @@ MOST = 8
 
 def blas_threads() -> int:
     """How many OpenBLAS takes: what it is told, at most one for each core that this process may use."""
-    asked = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(asked), cores) if asked.isdecimal() and int(asked) else cores
+    return min(_told("OPENBLAS_NUM_THREADS") or _told("OMP_NUM_THREADS") or cores, cores)
+
+
+def _told(variable: str) -> int:
+    """The number that it begins with, as C reads it ("4,2" of OpenMP is 4); 0, which says nothing, for any other."""
+    number = re.match(r"\s*\+?([0-9]+)", os.environ.get(variable, ""))
+    return int(number[1]) if number else 0
 
 
 def threads() -> int:
