@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from triton.runtime import driver
 
-from gpukernels.compile_report.chips import CHIPS, checked
+from gpukernels.compile_report.chips import CHIPS
 from gpukernels.emulator.launching import EmulatingDriver
 from gpukernels.kernels.device import INTERPRETING
 from gpukernels.ops.checks import kernel_devices
@@ -47,8 +47,8 @@ def emulated(capability: int, *, seed: int | None = 0, multiprocessors: int | No
         MemoryFault: an access outside the launch's arrays, or one that is not aligned.
         Race: two threads touch the same bytes with nothing between them, and one of them writes.
     """
-    if checked("emulated", capability) not in CAPABILITIES:
-        raise ValueError(f"emulated: capability must be one of {', '.join(map(str, CAPABILITIES))}, got {capability}")
+    if capability not in CAPABILITIES:
+        raise ValueError(f"emulated: capability must be one of {', '.join(map(str, CAPABILITIES))}, got {capability!r}")
     if INTERPRETING:
         raise RuntimeError("emulated: kernels are interpreted in this process; start it without TRITON_INTERPRET")
     before, new = driver._active, "cpu" not in kernel_devices
