@@ -34,6 +34,8 @@ def __getattr__(name: str) -> Callable:
 
 def _call(op: Callable, *arguments: Any, **options: Any) -> Any:
     given = [value for value in (*arguments, *options.values()) if is_foreign(value)]
+    if not given:  # all NumPy's, or all tensors: there is nothing to do here
+        return op(*arguments, **options)
     back = _way_back(given[0])
     with _callers_stream(given[0]):
         results = op(*map(_to_torch, arguments), **{name: _to_torch(value) for name, value in options.items()})

@@ -87,6 +87,14 @@ def test_nothing_is_copied(monkeypatch):
     assert result.tensor.data_ptr() == a.tensor.data_ptr()
 
 
+def test_arrays_of_numpy_and_tensors_go_through():
+    x = draw(3, 8).tensor
+    for given in (x, x.numpy()):
+        found = interop.gelu(given, approximate="none")
+        assert type(found) is type(given)
+        assert np.array_equal(np.asarray(found), np.asarray(gpukernels.gelu(given, approximate="none")))
+
+
 def test_errors_speak_of_the_callers_arrays():
     with pytest.raises(ValueError, match=r"layer_norm: weight must be \(8,\) to match x, got \(7,\)"):
         gpukernels.layer_norm(draw(3, 8), draw(7))
