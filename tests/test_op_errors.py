@@ -373,3 +373,15 @@ def test_a_product_of_no_terms_is_the_bias(library):
     bias = Kind(library, "float32").draw(3)
     result = gpukernels.linear(*Kind(library, "float32").draws(x=(2, 0), weight=(3, 0)).values(), bias)
     np.testing.assert_array_equal(host(result), [host(bias)] * 2)
+
+
+@both
+def test_a_loss_of_no_terms_is_that_of_equal_logits(library):
+    kind = Kind(library, "float32")
+    for reduction in ("mean", "sum", "none"):
+        given = kind.draws(hidden=(2, 0), weight=(3, 0)) | {"targets": kind.ints([0, 2])}
+        leaves = [given[name].requires_grad_() for name in ("hidden", "weight")] if library == "torch" else []
+        loss = gpukernels.linear_cross_entropy(**given, reduction=reduction)
+        np.testing.assert_allclose(host(loss).mean(), np.log(3) * (2 if reduction == "sum" else 1), rtol=2**-22)
+        for leaf in leaves:
+            assert torch.autograd.grad(loss.sum(), leaf, retain_graph=True)[0].shape == leaf.shape

@@ -106,7 +106,7 @@ def linear_cross_entropy_forward(
     added = reduction != "none"
     dhidden, dweight = _gradients(hidden, weight, needs_dhidden and added, needs_dweight and added)
     tokens = targets.reshape(-1), None if weights is None else weights.reshape(-1)
-    flat = None if dhidden is None else dhidden.view(-1, hidden.shape[-1])
+    flat = None if dhidden is None else dhidden.view(targets.numel(), hidden.shape[-1])
     _chunks(rows(hidden), weight, *tokens, options, chunk, loss=loss, dhidden=flat, dweight=dweight)
     divisor = divisor_of(targets, weights, ignore_index) if reduction == "mean" else None
     loss = total_of(loss, divisor) if added else loss.view(targets.shape)
@@ -124,7 +124,7 @@ def linear_cross_entropy_backward(
     else:
         tokens = targets.reshape(-1), dloss.reshape(-1) * (1 if weights is None else weights.reshape(-1))
         dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight)
-        flat = None if dhidden is None else dhidden.view(-1, hidden.shape[-1])
+        flat = None if dhidden is None else dhidden.view(targets.numel(), hidden.shape[-1])
         loss = torch.empty(targets.numel(), dtype=torch.float32, device=hidden.device)
         options = (ignore_index, label_smoothing, z_loss)
         _chunks(rows(hidden), weight, *tokens, options, chunk, loss=loss, dhidden=flat, dweight=dweight)

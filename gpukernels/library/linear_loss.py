@@ -16,7 +16,7 @@ from gpukernels.torch_ops.loss import cross_entropy_gradient
 
 def _plain_gradients(g, hidden, weight, targets, ignore_index, label_smoothing, z_loss):
     """dhidden and float32 dweight of the losses times g (M,), through all logits."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(targets.numel(), hidden.shape[-1])
     x = F.linear(rows, weight).float()
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
     dx = cross_entropy_gradient(g, x, targets.reshape(-1), torch.logsumexp(x, -1), **options)

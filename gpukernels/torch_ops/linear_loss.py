@@ -29,7 +29,7 @@ def linear_cross_entropy(
     by_parts = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and reduction != "none" and targets.numel()
     if not by_parts or torch.is_autocast_enabled("cpu"):  # which makes the products in 16 bits
         return cross_entropy(linear(hidden, weight), targets, weights=weights, **options, reduction=reduction)
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
     kept = flat != ignore_index
     g = kept.to(rows.dtype) if weights is None else torch.where(kept, weights.detach().reshape(-1).to(rows.dtype), 0)
     differentiated = torch.is_grad_enabled()  # which `needs_input_grad` does not know

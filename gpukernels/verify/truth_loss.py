@@ -68,7 +68,7 @@ def true_linear_loss(dtype, hidden, weight, targets, *, weights=None, reduction=
     dx_value, dx_size = g * dx.value, abs(g) * (dx.magnitude + (2.0**-13 if dtype == "float16" else 0))
 
     def by_token(x):
-        return x.reshape(-1, x.shape[-1])
+        return x.reshape(targets.size, x.shape[-1])
 
     of_weight = ("nv,nc->vc", by_token(dx_value), by_token(hidden)), (by_token(dx_size), by_token(abs(hidden)))
     return {

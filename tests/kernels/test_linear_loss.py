@@ -31,7 +31,7 @@ def test_chunks(kind, reduction, chunk):
 @reductions
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 def test_shapes(reduction, weighted):
-    for tokens, width, vocabulary in (((), 1, 1), ((1,), 16, 64), ((5,), 17, 1030)):
+    for tokens, width, vocabulary in (((), 1, 1), ((1,), 16, 64), ((5,), 17, 1030), ((3,), 0, 7)):
         given = arrays(HALF, tokens, width, vocabulary, ignored=(), weighted=weighted)
         check_linear(given, reduction=reduction, chunk=3)
 
