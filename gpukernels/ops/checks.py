@@ -115,16 +115,21 @@ def check_shape(op: str, name: str, array, want: tuple, why: str) -> None:
 def check_written(op: str, name: str, array, *, whole: bool = False) -> None:
     """What an op writes in place must not be copied on the way: neighbours in the last dimension, or `whole`.
 
-    An array of another library (CuPy's has no `stride`) is asked as the tensor that it becomes.
+    NumPy would copy nothing, and refuses what tensors do. An array of another library (CuPy's has no `stride`) is
+    asked as the tensor that it becomes.
     """
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
             raise ValueError(f"{op}: {name} is written, got a read-only array")
+        if array.flags.c_contiguous if whole else array.strides[-1] == array.itemsize or not array.size:
+            return
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+    elif not hasattr(array, "is_contiguous") or (array.is_contiguous() if whole else array.stride(-1) == 1):
         return
-    if not hasattr(array, "is_contiguous") or (array.is_contiguous() if whole else array.stride(-1) == 1):
-        return
+    else:
+        strides = tuple(array.stride())
     what = "be contiguous" if whole else "have a contiguous last dimension"
-    raise ValueError(f"{op}: {name} is written and must {what}, got the strides {tuple(array.stride())}")
+    raise ValueError(f"{op}: {name} is written and must {what}, got the strides {strides}")
 
 
 def check_scalar(op: str, name: str, array, like) -> None:
