@@ -50,7 +50,8 @@ class Sampling:
                 raise ModelError(f"{name} must be {want}, got {getattr(self, name)!r}")
 
         require("temperature", finite(self.temperature) and self.temperature >= 0, "a number, 0 or more")
-        require("top_k", self.top_k is None or (whole(self.top_k) and self.top_k >= 0), "a whole number, or None")
+        top_k = self.top_k
+        require("top_k", top_k is None or (whole(top_k) and top_k >= 0), "a whole number, 0 or more, or None")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             require(name, value is None or (finite(value) and 0 <= value <= 1), "a number from 0 to 1, or None")

@@ -32,6 +32,13 @@ def test_more_than_anyone_counts_is_refused(name):
         Settings.of({name: 2**31 + 1})
 
 
+def test_a_seed_that_torch_would_not_take_is_refused():
+    assert Settings.of({"seed": 2**63 - 1}).seed == 2**63 - 1
+    for seed in (-1, 2**63):
+        with pytest.raises(TrainingError, match=rf"seed must be a whole number from 0 to 2\*\*63 - 1, got {seed}"):
+            Settings.of({"seed": seed})
+
+
 def test_a_run_of_ages_has_a_line_of_figures():
     line = Progress(2**62, 0, QUIET).line({"step": 1, "loss": 1.0})
     assert "step 1/" in line

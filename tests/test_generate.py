@@ -335,7 +335,7 @@ WRONG = [
         for bad in (-1, 2**64, [-1], [1.5], [None])
     ],
     ({"temperature": -1}, "temperature must be a number, 0 or more, got -1"),
-    ({"top_k": 1.5}, "top_k must be a whole number, or None, got 1.5"),
+    ({"top_k": 1.5}, "top_k must be a whole number, 0 or more, or None, got 1.5"),
     ({"top_p": 2}, "top_p must be a number from 0 to 1, or None, got 2"),
     ({"min_p": -1}, "min_p must be a number from 0 to 1, or None, got -1"),
     ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, got 0"),

@@ -346,7 +346,8 @@ def test_what_fits_a_named_gpu(run):
     ("arguments", "says"),
     [
         (("--gpu", "H9"), "--gpu: the GPU must be one of"),
-        (("--gpu", "5MB"), "less than the 1.00 GB set aside"),
+        (("--gpu", "5MB"), "5.0 MB are no more than the 1.00 GB set aside"),
+        (("--gpu", "1GB"), "1.00 GB are no more than the 1.00 GB set aside"),
         (("--gpu", "80GB", "--measure"), "neither --measure nor --device"),
         (("--gpu", "80GB", "--device", "cpu"), "neither --measure nor --device"),
         (("--batch", "1,x"), "--batch must be whole numbers"),

@@ -27,7 +27,7 @@ LARGEST = 1 - 2.0**-24  # of the numbers that `uniform` gives
             [-1, -1e-9, math.nan, math.inf, np.float32("inf"), "1", None, True, [1], 1j],
             "a number, 0 or more",
         ),
-        ("top_k", [-1, 2.0, "5", True, math.nan], "a whole number, or None"),
+        ("top_k", [-1, 2.0, "5", True, math.nan], "a whole number, 0 or more, or None"),
         ("top_p", [-0.1, 1.1, math.nan, "0.5", True], "a number from 0 to 1, or None"),
         ("min_p", [-0.1, 1.1, math.inf, [], False], "a number from 0 to 1, or None"),
         ("repetition_penalty", [0, -1, math.nan, math.inf, np.float16("nan"), None, True], "a number above 0"),

@@ -107,7 +107,7 @@ def memory(
         limit = available(place)
     elif limit <= CONTEXT_ALLOWANCE:
         raise ModelError(
-            f"--gpu: {human(limit)} are less than the {human(CONTEXT_ALLOWANCE)} set aside for CUDA itself"
+            f"--gpu: {human(limit)} are no more than the {human(CONTEXT_ALLOWANCE)} set aside for CUDA itself"
         )
     usable = limit - CONTEXT_ALLOWANCE if gpu is not None else limit
     rows = []

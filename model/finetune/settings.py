@@ -185,7 +185,7 @@ class Settings:
             if not (finite(getattr(self, name)) and 0 <= getattr(self, name) < 1):
                 yield name, "a share from 0 to below 1"
         if not (whole(self.seed) and 0 <= self.seed < 2**63):
-            yield "seed", "a whole number, 0 or more"
+            yield "seed", "a whole number from 0 to 2**63 - 1"
         for name in ("freeze", "unfreeze", "lora_targets"):
             if not all(isinstance(pattern, str) for pattern in getattr(self, name) or ()):
                 yield name, "a list of patterns, which are text"
