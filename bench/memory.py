@@ -54,9 +54,9 @@ def main(
         raise typer.BadParameter(f"--preset must be one of {', '.join(PRESETS)}, got {unknown[0]!r}")
     try:
         require_writable(json_file, html)
+        place = choose_device(device)
     except ValueError as fault:
         raise typer.BadParameter(str(fault)) from None
-    place = choose_device(device)
     footprints = [_footprint(name, dtype, place_of(place)) for name in PRESETS for dtype in DTYPES]
     columns = ("model", "dtype", "weights", "KV cache", "peak", "against float32")
     show(f"predicted, one row of 1024 tokens, {place.name}", columns, [_footprint_cells(each) for each in footprints])

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 import gpukernels
+from bench.output import require_writable
 from bench.report import machine, show
 from gpukernels import library
 from gpukernels.compile_report import stand_in
@@ -31,6 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    try:
+        require_writable(options.json)
+    except ValueError as fault:
+        parser.error(str(fault))
     torch.set_num_threads(1)
     seen: list[tuple[Callable, tuple]] = []
     override = torch.library.Library("gpukernels", "IMPL")

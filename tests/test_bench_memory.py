@@ -47,6 +47,13 @@ def test_a_file_in_no_folder_is_refused_before_anything_is_measured(tmp_path):
         memory.main(html=tmp_path)
 
 
+def test_a_device_that_there_is_not_is_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr("model.device.why_no_cuda", lambda: "there is none in this test")
+    for device, words in (("cuda", "there is none in this test"), ("gpu", "device must be")):
+        with pytest.raises(typer.BadParameter, match=words):
+            memory.main(device=device)
+
+
 def test_a_wrong_answer_has_no_figures():
     truth = np.ones((8, 5), np.float32)
     found = {"logits": truth * 1.1, "seconds": 1.0, "seconds_to_logits": 2.0, "peak": 3, "held": 2}

@@ -108,3 +108,13 @@ def test_a_gpu_run_becomes_tables(tmp_path):
     assert "9 x 9" in readme.gpu_run({"parts": [more]})
     stored("2026-01-06", parts[1:])
     assert "Kernels: not yet measured." in measured(tmp_path)
+
+
+def test_a_file_in_no_folder_is_refused_before_a_call_is_timed(tmp_path, monkeypatch, capsys):
+    overhead = pytest.importorskip("bench.overhead", reason="Triton is not installed")
+    monkeypatch.setattr(overhead, "calls", lambda: pytest.fail("this was timed"))
+    monkeypatch.setattr("sys.argv", ["overhead", "--json", str(tmp_path / "nowhere" / "figures.json")])
+    with pytest.raises(SystemExit) as caught:
+        overhead.main()
+    assert caught.value.code == 2
+    assert "there is no folder" in capsys.readouterr().err
