@@ -30,10 +30,8 @@ def few_shot(
 ) -> Prompt:
     """Builds the prompt
 
-        INSTRUCTION
-        <separator>Input: EXAMPLE
-        Output: ANSWER
-        <separator>Input: QUERY
+        INSTRUCTION<separator>Input: EXAMPLE
+        Output: ANSWER<separator>Input: QUERY
         Output:
 
     for `lm.generate(prompt.text, stop=prompt.stop)`.

@@ -57,7 +57,7 @@ def save(
     Tensors have transformers' names and layout (products (in, out)) and the parameters' dtype. Every
     file is written under a temporary name, synced, and renamed; the weights are written first and
     renamed last. What stands in a folder of the tokenizer or the generation of another model goes, as it
-    would be taken for this one's.
+    would be taken for this one's; only a model that came from no files leaves it there.
 
     Raises CheckpointError where the target cannot be written, and for a single file beside the
     `config.json` of another model.

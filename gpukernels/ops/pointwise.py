@@ -89,8 +89,9 @@ def gelu(x: Array, *, approximate: str = "tanh") -> Array:
         TypeError: x not a floating-point array.
         ValueError: another approximation.
 
-    Numerics: float32, rounded once. A finite x of any size gives a finite result and gradient; an infinite
-    one what the formulas make of it (minus infinity: 0 times infinity, NaN).
+    Numerics: float32, rounded once. A finite x of any size gives a finite result and gradient, in NumPy and in the
+    kernels (torch's own GELU on the CPU: the tanh form's gradient is NaN from 2^64 on, the other's result infinite
+    from 2^127); an infinite one what the formulas make of it (minus infinity: 0 times infinity, NaN).
     Cost: one read of x and one write; backward reads x and dy again. Source: Hendrycks and Gimpel, arXiv 1606.08415.
     """
     run = implementation("gelu", {"x": x})

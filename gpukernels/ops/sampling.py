@@ -35,7 +35,7 @@ def sample(
 
     Every option is an array with a value for each row, so that rows of different requests share a call
     and nothing is asked of the device. Values are not checked: what lies outside its range counts as the end
-    of it. None leaves a step out for all rows.
+    of it, but for a penalty, which is taken as it stands. None leaves a step out for all rows.
 
     Args:
         logits: (B, V), V of 1 to 2^22; read as float32. -inf is a token that cannot be.

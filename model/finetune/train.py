@@ -56,9 +56,10 @@ class Result:
     Attributes:
         reason: "finished" (all epochs, or max_steps), "early stopping", "max_time", or "interrupted".
         steps, skipped: optimizer steps, and how many of them had a gradient that was not finite.
+        tokens: targets that counted. seconds: of the run, with those before it was resumed.
         loss: of the last step, nats a token; NaN if none was made.
-        validation_loss: the best, or None without validation. step: where it was.
-        signal: the signal that interrupted.
+        validation_loss: the best, or None without validation. best_step: where it was.
+        signal: the number of the signal that interrupted, or None.
     """
 
     reason: str
