@@ -25,7 +25,7 @@ class Schedule:
         kind: one of `KINDS`.
         rate: the largest, above 0.
         warmup: steps that lead up to it, 0 to `steps`.
-        steps: of the whole run; the step after the last would have the floor.
+        steps: of the whole run; linear and cosine would have come to the floor in the step after the last.
         floor: the smallest rate after the warm-up, 0 to `rate`.
 
     Raises ModelError for a value that makes no sense.
