@@ -8,7 +8,8 @@ of weights, in whatever order they are made, and the choice. With the logits x i
 
 which is exp(x / temperature) up to a factor that all tokens share. For a token p times as likely as the
 best it is off by 2^-22 (1 + ln(1 / p)) of itself at most: four roundings of y (of log2(e), of its quotient,
-of the difference and of the product), its steps, and the polynomial. Below p = 2^-40 it is 0.
+of the difference and of the product), its steps, and the polynomial; and by 1, what a whole number leaves out.
+Below p = 2^-40 it is 0.
 """
 
 import math

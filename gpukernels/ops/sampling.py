@@ -63,7 +63,7 @@ def sample(
     Numerics: probabilities are whole numbers (`gpukernels.numpy_ops.sampling`), so that every
     implementation makes the same choice from the same logits and numbers, always, and a row's does not
     depend on its neighbours. A token p times as likely as the best has p within 2^-22 (1 + ln(1 / p)) of
-    itself; below 2^-40 it is 0.
+    itself and 2^-40; below 2^-40 it is 0.
     Cost: one read of the logits for the largest; up to 31 more, from the L2 cache, for top-k, and as
     many for top-p; two or three for the draw.
     """
