@@ -140,7 +140,8 @@ def read_adapter(folder: Path, config: Config) -> dict[str, LowRank]:
         out, width = products(config)[name].shape
         shape = (rank, width) if match[2] == "A" else (out, rank)
         if entry.shape != shape or entry.dtype not in FORMATS:
-            problems.append(f"{weights}: tensor {entry.name} is {entry.dtype} {entry.shape}, wanted {shape}")
+            wanted = f"{shape} of {', '.join(FORMATS)}"
+            problems.append(f"{weights}: tensor {entry.name} is {entry.dtype} {entry.shape}, wanted {wanted}")
         found.setdefault(name, {})[match[2]] = entry
     problems += [f"{weights}: {name} has one of its two tensors only" for name, each in found.items() if len(each) < 2]
     if not found and not problems:

@@ -299,7 +299,8 @@ def test_tensors_that_do_not_fit_are_named(adapter):
         return str(fault.value)
 
     assert f"tensor {first} is F32 (8, 31), wanted (8, 32)" in answer(tensors | {first: np.ones((8, 31), np.float32)})
-    assert f"tensor {first} is F64 (8, 32)" in answer(tensors | {first: tensors[first].astype(np.float64)})
+    refused = f"tensor {first} is F64 (8, 32), wanted (8, 32) of F32, F16, BF16"
+    assert refused in answer(tensors | {first: tensors[first].astype(np.float64)})
     assert "blocks.0.qkv has one of its two tensors only" in answer({k: v for k, v in tensors.items() if k != second})
     assert "tensor base_model.model.lm_head.lora_A.weight is of no product" in answer(
         tensors | {"base_model.model.lm_head.lora_A.weight": np.ones((8, 32), np.float32)}
