@@ -55,3 +55,28 @@ def test_the_entry_imports_nothing_that_python_has_not_imported_itself():
 
 def test_the_entry_is_installed_with_the_packages():
     assert ENTRY in PROJECT["tool"]["setuptools"]["py-modules"]
+
+
+# What is written when the command ends, and piece by piece.
+SAID = [("check", "tiny-gpt2"), ("info", "tiny-gpt2"), ("generate", "And", "--max-new-tokens", "2", "--quiet")]
+
+
+@pytest.mark.parametrize("said", SAID, ids=lambda said: said[0])
+def test_a_reader_who_has_gone_is_141_without_a_word(said):
+    """And not 1, which is `check`'s for a model that would not load."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "model.cli", *said], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait(60)) == (b"", 141)
+    command.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("said", SAID, ids=lambda said: said[0])
+def test_a_disk_that_is_full_is_one_line(said):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "model.cli", *said], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert (done.stderr, done.returncode) == (b"error: output: No space left on device\n", 2)

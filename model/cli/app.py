@@ -10,6 +10,7 @@ import warnings
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from gpukernels import __version__
 from model.cli import check, compile_report, demo, env, finetune, generate, info, memory, verify, warmup
@@ -61,21 +62,43 @@ def main() -> None:
         stream.reconfigure(errors="backslashreplace")
     # A load says these through the command's own lines.
     warnings.simplefilter("ignore", LoadNotice)
+    # Where the reader has gone (`| head`), rich and typer exit with 1, which `check` and `verify` have a meaning for.
+    Console.on_broken_pipe = _leave_to_typer
+    output = sys.stdout  # typer puts another in its place then
+    code = _run()
+    try:
+        # Here, and not while Python ends, which has a text of its own for it, and a code.
+        output.flush()
+    except OSError as fault:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())  # or Python would complain again
+        if not code:
+            code = 141 if isinstance(fault, BrokenPipeError) else _failed(fault)
+    sys.exit(code if sys.stdout is output else 141)
+
+
+def _run() -> int | str | None:
+    """Runs the command; its exit code."""
     try:
         app()
+    except SystemExit as done:
+        return done.code
     except ModelError as fault:
         for problem in fault.problems:
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except MemoryError:
         print("error: not enough memory on this machine", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader has gone (`| head`); Python would complain again while it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 130
     except OSError as fault:
-        print(f"error: {fault.filename or 'output'}: {fault.strerror or fault}", file=sys.stderr)
-        sys.exit(2)
+        return _failed(fault)
+
+
+def _leave_to_typer(console: Console) -> None:
+    raise  # the BrokenPipeError that is handled
+
+
+def _failed(fault: OSError) -> int:
+    print(f"error: {fault.filename or 'output'}: {fault.strerror or fault}", file=sys.stderr)
+    return 2
