@@ -24,12 +24,17 @@ LOSS = [
     (
         lambda op, f, i: op(f(1, 3), i(1), ignore_index=0.5),
         ValueError,
-        "ignore_index must be a whole number, got 0.5",
+        "ignore_index must be a whole number of up to 64 bits, got 0.5",
     ),
     (
         lambda op, f, i: op(f(1, 3), i(1), ignore_index=True),
         ValueError,
-        "ignore_index must be a whole number, got True",
+        "ignore_index must be a whole number of up to 64 bits, got True",
+    ),
+    (
+        lambda op, f, i: op(f(1, 3), i(1), ignore_index=2**63),
+        ValueError,
+        "ignore_index must be a whole number of up to 64 bits, got 9223372036854775808",
     ),
     (
         lambda op, f, i: op(f(1, 3), i(1), label_smoothing=1.5),

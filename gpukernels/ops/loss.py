@@ -36,7 +36,7 @@ def cross_entropy(
             logits[..., :V]; on the GPU, rows that start at multiples of 16 bytes are faster by far.
         targets: (...), int32 or int64, 0 to V - 1 or ignore_index.
         weights: (...), floating point, one for each token, or None: all 1. No gradient flows to them.
-        ignore_index: the target of tokens that do not count; a whole number, in the vocabulary or not.
+        ignore_index: the target of tokens that do not count; a whole number of up to 64 bits, in the vocabulary or not.
         label_smoothing: the share of the target's probability that is spread over the vocabulary, 0 to 1.
         z_loss: the factor of lse^2, which keeps lse near 0; not negative.
         reduction: "mean", the sum over the tokens divided by the sum of the weights of those that are not
@@ -194,8 +194,8 @@ def _check_tokens(op, name, array, targets, weights):
 
 
 def _check_options(op, ignore_index, label_smoothing, z_loss, reduction):
-    if not whole(ignore_index):
-        raise ValueError(f"{op}: ignore_index must be a whole number, got {ignore_index!r}")
+    if not (whole(ignore_index) and -(2**63) <= ignore_index < 2**63):
+        raise ValueError(f"{op}: ignore_index must be a whole number of up to 64 bits, got {ignore_index!r}")
     check_number(op, "label_smoothing", label_smoothing, most=1)
     check_number(op, "z_loss", z_loss)
     if reduction not in REDUCTIONS:
