@@ -46,6 +46,7 @@ def emulated(capability: int, *, seed: int | None = 0, multiprocessors: int | No
         RuntimeError: Triton interprets its kernels in this process (TRITON_INTERPRET=1).
         MemoryFault: an access outside the launch's arrays, or one that is not aligned.
         Race: two threads touch the same bytes with nothing between them, and one of them writes.
+        Unsupported: an instruction, or a form of one, that is not known here.
     """
     if capability not in CAPABILITIES:
         raise ValueError(f"emulated: capability must be one of {', '.join(map(str, CAPABILITIES))}, got {capability!r}")
