@@ -1,6 +1,8 @@
 """`cached_attention` and `sample_embed` in NumPy and in plain torch."""
 
+import numpy as np
 import pytest
+import torch
 from kinds import both, every_kind
 from refusals import makers, refuses
 from truth import Kind
@@ -8,6 +10,7 @@ from truth_steps import Steps, check_cached_attention
 
 import gpukernels
 from gpukernels import cached_attention, sample_embed
+from gpukernels.verify.compare import host
 
 CASES = {
     "a token": {"lengths": [9, 1, 0]},
@@ -124,6 +127,15 @@ def test_what_is_written_may_not_be_copied(library):
         lambda: sample_embed(**state(f, i, lengths=i(1, 1, 1, 1)[::2])), ValueError,
         "sample_embed: lengths is written and must be contiguous, got the strides (2,)",
     )  # fmt: skip
+
+
+@both
+def test_what_has_no_elements_may_have_any_strides(library):
+    f, i = makers(library)
+    none = np.zeros((2, 0, 2, 8), np.float32)
+    assert none.strides == (0, 0, 0, 0)  # of NumPy, and so of the tensor that shares it
+    none = none if library == "numpy" else torch.from_numpy(none)
+    assert host(cached_attention(**cache(f, i, keys=none, values=none, lengths=i(0, 0)))).any() == 0
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "keys", "values"])

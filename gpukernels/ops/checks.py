@@ -121,15 +121,16 @@ def check_written(op: str, name: str, array, *, whole: bool = False) -> None:
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
             raise ValueError(f"{op}: {name} is written, got a read-only array")
-        if array.flags.c_contiguous if whole else array.strides[-1] == array.itemsize or not array.size:
-            return
-        strides = tuple(stride // array.itemsize for stride in array.strides)
-    elif not hasattr(array, "is_contiguous") or (array.is_contiguous() if whole else array.stride(-1) == 1):
-        return
+        together = array.flags.c_contiguous if whole else array.strides[-1] == array.itemsize or not array.size
+    elif hasattr(array, "is_contiguous"):
+        together = array.is_contiguous() if whole else array.stride(-1) == 1 or not array.numel()
     else:
-        strides = tuple(array.stride())
-    what = "be contiguous" if whole else "have a contiguous last dimension"
-    raise ValueError(f"{op}: {name} is written and must {what}, got the strides {strides}")
+        return
+    if not together:
+        numpy = isinstance(array, np.ndarray)
+        strides = tuple(stride // array.itemsize for stride in array.strides) if numpy else tuple(array.stride())
+        what = "be contiguous" if whole else "have a contiguous last dimension"
+        raise ValueError(f"{op}: {name} is written and must {what}, got the strides {strides}")
 
 
 def check_scalar(op: str, name: str, array, like) -> None:
