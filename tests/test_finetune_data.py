@@ -374,6 +374,14 @@ def test_a_single_document_is_cut_near_its_end():
         split_documents(numbered(3), 0.5, 0)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.97, 0.9999])
+def test_a_single_document_leaves_two_tokens_for_each_side(share):
+    for length in (4, 12, 26):
+        sizes = [len(side[0].ids) for side in split_documents(numbered(length), share, 0)]
+        assert min(sizes) == 2
+        assert sum(sizes) == length
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_outside_is_refused(share):
     with pytest.raises(DataError, match="from 0 to below 1"):

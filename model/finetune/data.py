@@ -103,7 +103,7 @@ def split_documents(documents: Sequence[Document], share: float, seed: int) -> t
 
     Args:
         share: of the documents that validate, from 0 to below 1; above 0 it is one at least, and one at
-            least trains. A single document is cut, and its end validates.
+            least trains. A single document is cut, and its end validates: two tokens at least on each side.
 
     Raises DataError for a share outside, or one that leaves a side without a target.
     """
@@ -114,8 +114,8 @@ def split_documents(documents: Sequence[Document], share: float, seed: int) -> t
         return documents, []
     if len(documents) == 1:
         ids, wanted = documents[0]
-        cut = len(ids) - max(2, round(share * len(ids)))
-        if cut < 2:
+        cut = max(2, len(ids) - max(2, round(share * len(ids))))
+        if len(ids) < cut + 2:
             raise DataError(f"one document of {len(ids)} tokens is too short to keep a part of it for validation")
         return [Document(ids[:cut], wanted[:cut])], [Document(ids[cut:], wanted[cut:])]
     count = min(max(1, round(share * len(documents))), len(documents) - 1)
