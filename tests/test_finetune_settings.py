@@ -1,5 +1,7 @@
 """The options of a run: numbers of any kind and size, and lists, before anything is read."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from finetuning import QUIET, folder_of, load
@@ -50,6 +52,18 @@ def test_a_run_of_ages_has_a_line_of_figures():
 def test_a_pattern_that_is_no_text_is_refused(name, value):
     with pytest.raises(TrainingError, match=f"{name} must be a list of patterns, which are text"):
         Settings.of({"lora_rank": 2 if name == "lora_targets" else None, name: value})
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Settings) if field.type is bool])
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_a_switch_is_true_or_false(name, value):
+    with pytest.raises(TrainingError, match=f"{name} must be True or False, got {value!r}"):
+        Settings.of({name: value})
+
+
+def test_an_alpha_of_no_adapters_is_refused_whatever_it_is():
+    with pytest.raises(TrainingError, match="lora_alpha is of adapters, and there are none"):
+        Settings.of({"lora_alpha": 0})
 
 
 def test_layers_of_thousands_of_digits_are_refused(tmp_path):

@@ -131,7 +131,8 @@ class Settings:
             )
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets", "lora_rank_stabilized", "keep_adapter"):
-                if getattr(self, name) not in (None, False):
+                value = getattr(self, name)
+                if value is not None and value is not False:  # an alpha of 0 is one, too
                     raise TrainingError(f"{name} is of adapters, and there are none: give lora_rank")
         if self.cuda_graph and (self.accumulate > 1 or self.dropout or self.fsdp):
             raise TrainingError(
@@ -162,6 +163,9 @@ class Settings:
         for name in ("epochs", "batch_size", "accumulate", *optional):
             if _count(getattr(self, name)) and getattr(self, name) > _MOST:
                 yield name, f"at most {_MOST}"
+        for name in (field.name for field in fields(self) if field.type is bool):
+            if not isinstance(getattr(self, name), bool):  # "no" would be yes
+                yield name, "True or False"
         for name in ("max_time", "clip"):
             value = getattr(self, name)
             if value is not None and not (finite(value) and value > 0):
