@@ -66,6 +66,12 @@ def test_an_alpha_of_no_adapters_is_refused_whatever_it_is():
         Settings.of({"lora_alpha": 0})
 
 
+def test_an_adapter_that_is_kept_needs_a_folder(tmp_path):
+    lm = load(folder_of(tmp_path / "model"))
+    with pytest.raises(TrainingError, match="keep_adapter writes into the run's folder: give one"):
+        lm.finetune(np.arange(60), max_steps=1, console=QUIET, keep_adapter=True, lora_rank=2)
+
+
 def test_layers_of_thousands_of_digits_are_refused(tmp_path):
     lm = load(folder_of(tmp_path / "model"))
     with pytest.raises(ModelError, match="layers must be like"):

@@ -51,6 +51,8 @@ def finetune(
     context = settings.window(lm.positions)
     if resume and out is None:
         raise TrainingError("resume needs the folder of the run that goes on (out)")
+    if settings.keep_adapter and out is None:
+        raise TrainingError("keep_adapter writes into the run's folder: give one (out)")
     check_trackers(trackers)
     parameters = lm.parameters
     if isinstance(parameters, OnDisk):
