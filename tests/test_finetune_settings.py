@@ -99,3 +99,11 @@ def test_a_window_is_no_longer_than_the_context_that_was_asked_for(tmp_path):
         lm.finetune(["And God said."] * 40, context=49, max_steps=1, out=tmp_path / "out", console=QUIET)
     assert Settings.of({}).window(lm.positions) == 48
     assert Settings.of({}).window(2048) == 1024
+
+
+def test_a_share_that_is_not_used_is_nothing_to_differ_in(tmp_path):
+    """A run that the command began can be gone on with by a program, whose share may be another."""
+    folder, ids = folder_of(tmp_path / "model"), np.arange(400) % 97
+    options = {"validation_data": ids[:50], "out": tmp_path / "out", "max_steps": 2, "console": QUIET}
+    load(folder).finetune(ids, validation=0.0, max_time=1e-9, **options)
+    assert load(folder).finetune(ids, resume=True, **options).reason == "finished"

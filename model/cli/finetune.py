@@ -115,7 +115,7 @@ def finetune(
     torchrun --nproc-per-node N -m model.cli finetune ...
     """
     options = {
-        "validation": 0.0 if validation_data is not None else validation,
+        "validation": validation,
         "context": context,
         "mask_prompt": mask_prompt,
         "separator": separator,

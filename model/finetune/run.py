@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ def finetune(
 ) -> Result:
     """See `LanguageModel.finetune`."""
     settings = Settings.of(options)
+    if validation_data is not None:  # a run that goes on must not differ in what is not used
+        settings = replace(settings, validation=0.0)
     context = settings.window(lm.positions)
     if resume and out is None:
         raise TrainingError("resume needs the folder of the run that goes on (out)")

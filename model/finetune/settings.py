@@ -22,7 +22,7 @@ class Settings:
     """The options of `LanguageModel.finetune`, all of which decide the result, but for `max_time` and `cuda_graph`.
 
     Data:
-        validation: the share of the documents that validates, 0 to below 1; where validation data is given, 0.
+        validation: the share of the documents that validates, 0 to below 1; not used where validation data is given.
         context: tokens of a window; None: the model's positions, 1024 at most.
         mask_prompt, separator: see `data.read_documents`.
         seed: of the split, the order of the windows, of adapters' first values and of what is dropped.
