@@ -79,7 +79,7 @@ def write_adapter(
 
     Args:
         folder: made if it is not there. Each file is whole before it has its name; the weights come last.
-        base: the name or folder of the model that they adapt, for those who load them.
+        base: the name or folder of the model that they adapt, for those who load them; None: it has none.
 
     Raises CheckpointError where the folder cannot be written.
     """

@@ -65,6 +65,7 @@ class LanguageModel:
         self.notices, self.filled = list(notices), filled
         self.positions = config.n_positions if positions is None else positions
         self._values, self._folder = values or {}, folder
+        self._base = folder  # whose weights these are; None once they have changed
         self._idle: GraphDecoder | None = None
 
     def logits(self, ids: Any) -> np.ndarray:
@@ -317,6 +318,7 @@ class LanguageModel:
         Raises CheckpointError for one that is damaged, does not fit, or asks for what is not computed here.
         """
         merge(self.parameters, read_adapter(as_path("folder", folder, CheckpointError), self.config))
+        self._base = None
 
     def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
         rows, limits = request.rows, request.limits

@@ -344,6 +344,21 @@ def test_a_run_keeps_its_adapter_for_peft_and_for_ours(tmp_path):
         lm.finetune(TEXTS, out=out, resume=True, console=Console(quiet=True), **OPTIONS, **options)
 
 
+def test_an_adapter_names_the_model_that_it_is_of_and_no_other(tmp_path):
+    """Of a model that has been trained, or has another adapter in it, the folder that it came from is not the base."""
+    lm, options = model.load("tiny-gpt2", device="cpu"), {"lora_rank": 2, "max_steps": 1, "keep_adapter": True}
+
+    def named(lm, out):
+        lm.finetune(TEXTS[:2], out=tmp_path / out, context=32, validation=0, console=Console(quiet=True), **options)
+        return json.loads((tmp_path / out / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    assert named(lm, "first") == str(locate("tiny-gpt2"))
+    assert named(lm, "second") is None
+    lm = model.load("tiny-gpt2", device="cpu")
+    lm.load_adapter(tmp_path / "first")
+    assert named(lm, "third") is None
+
+
 def test_a_run_merges_its_adapter_where_it_is_not_kept(tmp_path):
     lm = model.load("tiny-gpt2", device="cpu")
     lm.finetune(TEXTS, out=tmp_path / "out", console=Console(quiet=True), **OPTIONS, lora_rank=2)

@@ -94,7 +94,7 @@ def finetune(
 
         def write() -> None:
             if settings.keep_adapter:
-                base = None if lm._folder is None else str(lm._folder)
+                base = None if lm._base is None else str(lm._base)
                 lora = settings.lora
                 options = {"alpha": lora.alpha, "rank_stabilized": lora.rank_stabilized, "base": base}
                 made = adapters(network)
@@ -258,3 +258,4 @@ def _put_back(lm: "LanguageModel", network: Network) -> None:
             np.copyto(array, tensor.float().numpy(), casting="same_kind")
         else:
             lm.parameters.device.assign(array, tensor)
+    lm._base = None
