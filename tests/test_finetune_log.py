@@ -287,3 +287,23 @@ def test_flops_of_a_token_are_llm_cs_and_peaks_are_known_by_whole_names():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "float32") == 66.9e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") is None
+
+
+def test_a_tracker_that_fails_leaves_the_others_and_the_file_alone(tmp_path, no_plots):
+    """Neither its end nor what it does to a record is another's, and it does not hide what ended the run."""
+
+    def fails():
+        raise RuntimeError("the network is away")
+
+    said, closed = [], []
+    bad = types.SimpleNamespace(log=dict.clear, close=fails)
+    good = types.SimpleNamespace(log=said.append, close=lambda: closed.append(True))
+    log = Log(tmp_path, total=2, trackers=[bad, good], console=QUIET)
+    with pytest.raises(RuntimeError, match="the network is away"), log:
+        train(log, 1)
+    assert said[0]["step"] == 1
+    assert closed == [True]
+    assert log._file.closed
+    with pytest.raises(KeyError) as caught, Log(None, total=2, trackers=[bad], console=QUIET):
+        raise KeyError("of the run")
+    assert caught.value.__notes__ == ["and closing the log: RuntimeError('the network is away')"]

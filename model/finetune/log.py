@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,9 +105,14 @@ class Log:
         if not self._open:
             return
         self._open = False
-        self._progress.close()
-        for tracker in self._trackers:
-            tracker.close()
+        with ExitStack() as stack:  # where one cannot be closed, the others are
+            stack.callback(self._draw)
+            for tracker in reversed(self._trackers):
+                stack.callback(tracker.close)
+            self._progress.close()
+
+    def _draw(self) -> None:
+        """The plot of the file, which is closed."""
         if self._file is None:
             return
         with suppress(OSError):  # every record was flushed, or its fault was raised then
@@ -124,7 +129,12 @@ class Log:
         return self
 
     def __exit__(self, kind: type | None, fault: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as second:
+            if fault is None:
+                raise
+            fault.add_note(f"and closing the log: {second!r}")  # what ended the run shall be heard
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         if not self._open:
@@ -135,7 +145,7 @@ class Log:
                 self._file.write(json.dumps(line, allow_nan=False) + "\n")
                 self._file.flush()
         for tracker in self._trackers:
-            tracker.log(line)
+            tracker.log(dict(line))  # to do with it what it likes
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
