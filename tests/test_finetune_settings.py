@@ -4,6 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+import torch
 from finetuning import QUIET, folder_of, load
 
 import model
@@ -107,3 +108,21 @@ def test_a_share_that_is_not_used_is_nothing_to_differ_in(tmp_path):
     options = {"validation_data": ids[:50], "out": tmp_path / "out", "max_steps": 2, "console": QUIET}
     load(folder).finetune(ids, validation=0.0, max_time=1e-9, **options)
     assert load(folder).finetune(ids, resume=True, **options).reason == "finished"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_of_torch_around_a_run_change_nothing(tmp_path, mode):
+    folder, ids = folder_of(tmp_path / "model"), np.arange(400) % 97
+    alone, inside = load(folder), load(folder)
+    alone.finetune(ids, max_steps=2, console=QUIET)
+    with mode():
+        inside.finetune(ids, max_steps=2, console=QUIET)
+    assert all((alone.parameters[name] == inside.parameters[name]).all() for name in alone.parameters)
+
+
+def test_a_model_that_was_loaded_for_inference_alone_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "model")
+    with torch.inference_mode():
+        lm = model.load(folder, device=torch.device("cpu"))
+    with pytest.raises(TrainingError, match=r"loaded under torch\.inference_mode and cannot"):
+        lm.finetune(np.arange(60), max_steps=1, console=QUIET)

@@ -65,7 +65,14 @@ def finetune(
     else:
         array = next(iter(parameters.values()))
         device = array.device if isinstance(array, torch.Tensor) else torch.device("cpu")
+        if isinstance(array, torch.Tensor) and array.is_inference():
+            raise TrainingError(
+                "the model was loaded under torch.inference_mode and cannot be trained: load it outside"
+            )
     with joined(device) as world, contextlib.ExitStack() as stack:
+        # Whatever the caller has set for code around this: `dtype` says what is computed in.
+        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False)):
+            stack.enter_context(mode)
         if settings.cuda_graph and (device.type != "cuda" or world.size > 1 or not is_capturable(lm.config)):
             raise TrainingError("cuda_graph needs a model on CUDA, one process, and heads up to 256 wide")
         if settings.fsdp and world.size == 1:
