@@ -188,6 +188,25 @@ def test_a_rank_that_fails_ends_the_others(folder, tmp_path):
     assert "this rank is out of luck" in said
 
 
+APART = """
+import os, sys, numpy as np, torch, model
+from model.finetune.distributed import joined
+rank = int(os.environ["RANK"])
+with joined(torch.device("cpu")):
+    for data, options in (np.arange(1, 81)[40 * rank :][:40], {}), (np.arange(1, 81), {"seed": rank}):
+        try:
+            model.load(sys.argv[1], device="cpu").finetune(data, max_steps=2, **options)
+        except model.ModelError as fault:
+            print(fault)
+"""
+
+
+def test_processes_that_are_not_given_the_same_are_refused(folder):
+    """Each takes its share of a batch by itself: half of the data would be a quarter of it."""
+    for code, said in launch(APART, folder / "model"):
+        assert (code, said.count("the processes have different models, data or options")) == (0, 2), said
+
+
 def test_what_rank_0_refuses_ends_the_others(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "there").touch()

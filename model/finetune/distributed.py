@@ -56,6 +56,10 @@ class World:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
 
+    def agree(self, value: int, device: torch.device) -> bool:
+        """Whether all ranks have the same value."""
+        return self.largest(value, device) == -self.largest(-value, device)
+
     def replicate(self, network: nn.Module) -> nn.Module:
         """The network as DistributedDataParallel: its gradients are the sums over all ranks."""
         if self.size == 1:

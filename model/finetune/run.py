@@ -1,6 +1,8 @@
 """From a loaded model and a source of data to a trained one: everything is checked, then made, then run."""
 
 import contextlib
+import json
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,11 @@ def finetune(
 
         chosen = _chosen(lm, settings)
         train, validation = (pack(part, context) for part in _documents(lm, dataset, validation_data, settings))
+        started = _started(lm, train, validation, settings, world)
+        if not world.agree(zlib.crc32(json.dumps(started, sort_keys=True).encode()), device):
+            raise TrainingError(
+                "the processes have different models, data or options: give each the same and all of it"
+            )
         dtype = parameters.dtype if device.type == "cuda" else "float32"
         dtype = getattr(torch, dtype if settings.dtype == "auto" else settings.dtype)
         if not settings.fsdp:
@@ -119,7 +126,7 @@ def finetune(
             Batches(validation, settings.batch_size, 1, settings.seed, world),
             settings,
             world=world,
-            started=_started(lm, train, validation, settings, world),
+            started=started,
             out=out,
             write=None if out is None else write,
             capture=CudaCapture(device) if settings.cuda_graph else None,
