@@ -193,18 +193,23 @@ import os, sys, numpy as np, torch, model
 from model.finetune.distributed import joined
 rank = int(os.environ["RANK"])
 with joined(torch.device("cpu")):
-    for data, options in (np.arange(1, 81)[40 * rank :][:40], {}), (np.arange(1, 81), {"seed": rank}):
+    all = np.arange(1, 81)
+    for data, options in (all[40 * rank :][:40], {}), (all, {"seed": rank}), (all, {"fsdp": True}):
+        lm = model.load(sys.argv[1], device="cpu")
+        if "fsdp" in options:
+            lm.parameters["positions.weight"][0, 1] = np.nan  # of the first rank's half
         try:
-            model.load(sys.argv[1], device="cpu").finetune(data, max_steps=2, **options)
+            lm.finetune(data, max_steps=2, **options)
         except model.ModelError as fault:
             print(fault)
 """
 
 
-def test_processes_that_are_not_given_the_same_are_refused(folder):
+def test_processes_are_refused_what_they_cannot_train_together(folder):
     """Each takes its share of a batch by itself: half of the data would be a quarter of it."""
     for code, said in launch(APART, folder / "model"):
         assert (code, said.count("the processes have different models, data or options")) == (0, 2), said
+        assert "positions.weight: 1 of 512 numbers are infinite or NaN" in said
 
 
 def test_what_rank_0_refuses_ends_the_others(folder, tmp_path):

@@ -19,7 +19,7 @@ from model.finetune import checkpoint
 from model.finetune.adapters import adapters, attach, first_values
 from model.finetune.batches import Batches
 from model.finetune.data import Document, read_documents, split_documents
-from model.finetune.distributed import World, fill, joined
+from model.finetune.distributed import World, fill, joined, local
 from model.finetune.flops import flops_per_token, peak_flops
 from model.finetune.log import Log
 from model.finetune.memory import REMEDY, training_needs
@@ -100,8 +100,7 @@ def finetune(
             needs = _needs(lm, settings, chosen, dtype, tokens=min(settings.batch_size, len(train.tokens)) * context)
             stack.enter_context(room_for(parameters.device, needs, "training", REMEDY))
         network = _network(lm, settings, chosen, dtype, device, world)
-        if not settings.fsdp:
-            _check_finite(network)
+        _check_finite(network, world if settings.fsdp else World())
         trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
         console.print(table(sizes, trained, tied="head.weight" not in parameters))
@@ -179,10 +178,10 @@ def _documents(
     return train, validation
 
 
-def _check_finite(network: torch.nn.Module) -> None:
+def _check_finite(network: torch.nn.Module, shards: World) -> None:
     """Weights of which no step could come: a run would call that divergence."""
     for name, parameter in network.named_parameters():
-        wrong = int((~parameter.detach().isfinite()).sum())
+        wrong = int(shards.add((~local(parameter.detach()).isfinite()).sum()))
         if wrong:
             raise TrainingError(
                 f"{name}: {wrong} of {parameter.numel()} numbers are infinite or NaN, and so would every loss be; "
