@@ -99,3 +99,18 @@ def test_a_run_that_was_stopped_behind_its_last_step_has_that_steps_loss(folder,
     result = run(folder, ids, out, resume=True, **options)
     assert (result.reason, result.steps) == ("finished", 2)
     assert result.loss == wanted.loss
+
+
+def test_a_run_does_not_go_on_with_the_model_that_it_has_trained(folder, ids, tmp_path):
+    """What is left of it is in the checkpoint; how to go on is said."""
+    lm, options = load(folder), {**OPTIONS, "validation": 0, "out": tmp_path / "out", "console": QUIET}
+    lm.finetune(ids, max_time=1e-9, **options)
+    said = refused(lambda: lm.finetune(ids, resume=True, **options))
+    assert said.count("the run was started with") == 1
+    assert said.endswith("; a run changes them: to go on, load anew the model that it began with")
+
+
+def test_a_model_of_another_kind_is_one_line(ids, stopped, tmp_path):
+    other = finetuning.folder_of(tmp_path / "other", "llama")
+    said = refused(lambda: run(other, ids, stopped, resume=True))
+    assert said == f"{stopped}: the run was started with model: model_type 'gpt2', not 'llama'"

@@ -41,6 +41,7 @@ _FOLDER = re.compile(r"checkpoint-(\d+)")
 _HALF = re.compile(r"\..+\.\d+\.tmp")  # a file of `save.replace_file` that a kill left behind
 _DOCUMENT = "training.json"
 _ALONE = World()
+_HINTS = {"weights": "; a run changes them: to go on, load anew the model that it began with"}
 VERSION = 1
 
 Numbers = TypeVar("Numbers")  # a dataclass of them
@@ -156,12 +157,15 @@ def read_document(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(started: Mapping[str, Any], wanted: Mapping[str, Any], group: str = "") -> Iterator[str]:
-    for name in sorted(started.keys() | wanted.keys()):
+    names = started.keys() | wanted.keys()
+    if started.get("model_type") != wanted.get("model_type"):
+        names = {"model_type"}  # of another kind, nothing else is the same either
+    for name in sorted(names):
         then, now = started.get(name), wanted.get(name)
         if isinstance(then, dict) and isinstance(now, dict):
             yield from _differences(then, now, f"{name}: ")
         elif then != now:
-            yield f"the run was started with {group}{name} {then!r}, not {now!r}"
+            yield f"the run was started with {group}{name} {then!r}, not {now!r}{_HINTS.get(name, '')}"
 
 
 def numbers(folder: Path, document: Mapping[str, Any], group: str, kind: type[Numbers]) -> Numbers:
