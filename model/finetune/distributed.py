@@ -70,9 +70,25 @@ class World:
             done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
             return done.then(lambda future: future.value()[0])
 
+        # Among three ranks and more the bits of a sum depend on its place in what is summed at once, and behind the
+        # first step of a process buckets are others: a run that goes on would differ. On the CPU, where it must not,
+        # there is one bucket, summed in an order of our own.
+        def add_in_order(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+            gradients = [gradient for _, gradient in sorted(pairs, key=lambda pair: numbers[pair[0]])]
+            sums = self.add(torch.cat([each.flatten() for each in gradients]))
+            for gradient, part in zip(gradients, sums.split([each.numel() for each in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        numbers = {parameter: number for number, parameter in enumerate(network.parameters())}
+        on_cpu = next(network.parameters()).device.type == "cpu"
         # Its sums are the gradients, and not copied to them.
-        wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        wrapped.register_comm_hook(None, add)
+        options = {"gradient_as_bucket_view": True, "bucket_cap_mb": 2**40 if on_cpu else None}
+        wrapped = DistributedDataParallel(network, **options)
+        wrapped.register_comm_hook(None, add_in_order if on_cpu else add)
         return wrapped
 
     def wait(self) -> None:
