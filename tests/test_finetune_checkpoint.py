@@ -114,3 +114,35 @@ def test_a_model_of_another_kind_is_one_line(ids, stopped, tmp_path):
     other = finetuning.folder_of(tmp_path / "other", "llama")
     said = refused(lambda: run(other, ids, stopped, resume=True))
     assert said == f"{stopped}: the run was started with model: model_type 'gpt2', not 'llama'"
+
+
+class Killed(BaseException):
+    """As little as a kill leaves to do."""
+
+
+def test_a_kill_at_the_very_end_leaves_nothing_behind_once_the_run_is_resumed(folder, ids, tmp_path, monkeypatch):
+    """While the plot is drawn, the run goes on; while its last checkpoint is removed, it is said to have finished."""
+    out, whole, remove = tmp_path / "out", tmp_path / "whole", checkpoint.shutil.rmtree
+
+    def draw(records, path):
+        path.touch()
+
+    def dies(*_):
+        raise Killed
+
+    def dies_at_the_end(path, **options):
+        if (out / "loss.png").exists() and path.exists():
+            raise Killed
+        remove(path, **options)
+
+    monkeypatch.setattr("model.finetune.log.installed", lambda package: True)
+    monkeypatch.setattr("model.finetune.log.plot", draw)
+    run(folder, ids, whole)
+    for name, end in (("log.plot", dies), ("checkpoint.shutil.rmtree", dies_at_the_end)):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"model.finetune.{name}", end)
+            with pytest.raises(Killed):
+                run(folder, ids, out, resume=out.exists())
+        (out / ".loss.png.123.tmp").touch()
+    assert "it has finished" in refused(lambda: run(folder, ids, out, resume=True))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())

@@ -72,6 +72,8 @@ def check_out(out: Path, *, resume: bool) -> None:
         raise TrainingError(f"{out}: exists; give another folder, or resume the run that it holds")
     made = any((out / name).exists() for name in (WEIGHTS_NAME, adapter.WEIGHTS_NAME))
     if resume and newest(out) is None and made:
+        if (out / log.NAME).exists():
+            drop(out)  # what a kill left that came while the last checkpoint was removed
         raise TrainingError(f"{out}: holds a model and no checkpoint: there is no run to resume, or it has finished")
     # A kill before the first checkpoint leaves the log. What has neither is something else of the user's.
     if resume and newest(out) is None and not (out / log.NAME).exists() and any(out.iterdir()):

@@ -318,6 +318,7 @@ class Trainer:
         if self.writes and self.write is not None:
             self.write()
         if self.out is not None and self.world.leads and reason not in ("max_time", "interrupted"):
+            self.log.close()  # a kill before this goes on, and draws its plot
             checkpoint.drop(self.out)
         self.world.wait()
 
