@@ -142,8 +142,9 @@ def _measured(
     lm.eos_token_ids = ()
     weights, loading = meter.now(), meter.peak()
     new = max(1, min(_STEPS, context - 1))
-    prompt = [token % lm.config.vocab_size for token in range(max(1, context - new))]
-    lm.generate([prompt] * batch, max_new_tokens=new, batch_size=batch)
+    tokens = range(max(1, context - new))
+    prompts = [[(row + token) % lm.config.vocab_size for token in tokens] for row in range(batch)]  # each computed
+    lm.generate(prompts, max_new_tokens=new, batch_size=batch)
     peak = max(meter.peak(), loading)
     return Footprint(
         loading=loading,
