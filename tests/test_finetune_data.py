@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from damage import LFS_POINTER
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,7 +159,7 @@ def test_a_line_end_of_unicode_inside_a_json_string_ends_no_line(tokenizer, line
 def test_a_stream_of_ids_is_cut_behind_each_eos_and_rows_are_documents(tmp_path):
     stream = np.array([5, 6, 0, 7, 0, 0, 8, 9], np.uint16)
     np.save(tmp_path / "a.npy", stream)
-    for source in (stream, tmp_path / "a.npy"):
+    for source in (stream, tmp_path / "a.npy", torch.from_numpy(stream.astype(np.int16))):
         found = read_documents(source, None, eos=0, vocabulary=10)
         assert [each.ids.tolist() for each in found] == [[5, 6, 0], [7, 0], [0], [8, 9]]
     rows = read_documents(np.arange(6).reshape(2, 3), None, vocabulary=6)
@@ -245,6 +246,7 @@ def test_arrays_that_are_no_token_ids(tokenizer, tmp_path):
     assert "token 1 has the id 4096, outside the vocabulary of 4096" in answer(np.array([1, 4096]), tokenizer)
     assert "token 0 has the id -1" in answer(np.array([-1]), tokenizer)
     assert "whole numbers" in answer(np.array([0.5]), tokenizer)
+    assert "whole numbers" in answer(torch.zeros(3, dtype=torch.bfloat16), tokenizer)
     assert "whole numbers" in answer(np.zeros((1, 1, 1), int), tokenizer)
     assert "there is no token in it" in answer(np.zeros((3, 0), int), tokenizer)
     assert "size of the vocabulary" in answer(np.array([1]), None)

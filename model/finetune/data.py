@@ -5,7 +5,7 @@
 | a `.txt` file | the whole file is one; with a `separator`, what stands between its occurrences |
 | a `.jsonl` file | one a line: `text`; `prompt` and `completion`; or `messages` |
 | a list of strings | one each |
-| token ids, `.npy` or an array | (N, T): one a row; (N,): a stream, in which a document ends with its eos |
+| token ids, `.npy`, an array or a tensor | (N, T): one a row; (N,): a stream, in which a document ends with its eos |
 
 A document of text begins as a prompt does, with the special tokens that the tokenizer puts there (bos, in LLaMA's),
 and ends with the eos token; token ids are taken as they stand. Where a text itself spells a special token
@@ -36,7 +36,7 @@ class Document(NamedTuple):
 
 
 def read_documents(
-    source: str | Path | Sequence[str] | np.ndarray,
+    source: Any,
     tokenizer: Tokenizer | None,
     *,
     mask_prompt: bool = False,
@@ -47,7 +47,7 @@ def read_documents(
     """The documents of a source.
 
     Args:
-        source: see the table above; a string is the path of a file.
+        source: see the table above; a string or a Path is that of a file.
         tokenizer: of the model; None is enough for token ids.
         mask_prompt: only completions and what the assistant says count as targets, each with its eos.
             Plain text and token ids, which have no prompt, are refused then.
@@ -71,8 +71,8 @@ def read_documents(
     if mask_prompt and kind != ".jsonl":
         raise DataError(f"{name}: has no prompts to mask; those of a .jsonl file can be")
 
-    if kind == ".npy" or isinstance(source, np.ndarray):
-        ids = source if path is None else _read_array(path)
+    if kind == ".npy" or hasattr(source, "__array__"):
+        ids = _on_host(source) if path is None else _read_array(path)
         return _of_array(ids, name, eos, vocabulary)
     if tokenizer is None:
         raise DataError(f"{name}: is text, and the model has no tokenizer; give token ids (.npy or an array)")
@@ -159,6 +159,13 @@ def _read_array(path: Path) -> np.ndarray:
     if not isinstance(found, np.ndarray):
         raise DataError(f"{path}: holds several arrays; one is wanted (.npy)")
     return found
+
+
+def _on_host(source: Any) -> np.ndarray:
+    """What NumPy takes for an array, or a tensor of any device and dtype."""
+    if hasattr(source, "is_floating_point"):
+        source = (source.double() if source.is_floating_point() else source).detach().cpu()
+    return np.asarray(source)
 
 
 def _of_array(ids: np.ndarray, name: str, eos: int | None, vocabulary: int | None) -> list[Document]:
