@@ -133,7 +133,8 @@ def _loads(document: Document, name: str) -> str:
         f"Loading float32 files that the system has in its cache, on {document['cores']} cores of "
         f"{_article(document['processor'])}, {document['date']}: the quickest of {document['rounds']} rounds in a new "
         "process, and the most that resident memory grew over what it was after the imports "
-        f"(`python -m bench.memory`; `bench/results/{name}`):"
+        "(`python -m bench.memory`). Ours reads into place, turns the products' weights and counts what a cast loses; "
+        f"transformers maps the file (`bench/results/{name}`):"
     )
     columns = ("model", "weights", "runtime", "load, s", "first logits, s", "peak, MB", "of the weights")
     rows = []
