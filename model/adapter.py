@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpukernels.cast import FORMATS
+from gpukernels.cast import FORMATS, count_losses
 from gpukernels.numbers import finite
 from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_header, read_tensor
 from model.config import Config
 from model.device import NumpyDevice
-from model.errors import CheckpointError
+from model.errors import CheckpointError, overflow_notice
 from model.files import read_json
 from model.parameters import Parameters, Slot
 from model.save import replace_file, write_tensors
@@ -151,11 +151,20 @@ def read_adapter(folder: Path, config: Config) -> dict[str, LowRank]:
     return {name: LowRank(read_tensor(each["A"]), read_tensor(each["B"]), scale) for name, each in found.items()}
 
 
-def merge(parameters: Parameters, adapters: Mapping[str, LowRank]) -> None:
-    """Adds adapters to the weights in place; each sum is made in float32 and rounded once."""
+def merge(parameters: Parameters, adapters: Mapping[str, LowRank]) -> list[str]:
+    """Adds adapters to the weights in place; each sum is made in float32 and rounded once.
+
+    Returns a sentence for every weight of which values became infinite.
+    """
+    notices, device = [], parameters.device
     for name, adapter in adapters.items():
-        weight, device = parameters[f"{name}.weight"], parameters.device
-        device.cast((device.to_host(weight) + adapter.delta).reshape(-1), "F32", weight)
+        weight = parameters[f"{name}.weight"]
+        total = (device.to_host(weight) + adapter.delta).reshape(-1)
+        device.cast(total, "F32", weight)
+        overflowed = count_losses(total, "F32", parameters.dtype).overflowed
+        if overflowed:
+            notices.append(overflow_notice(f"{name}.weight", overflowed, parameters.dtype))
+    return notices
 
 
 def _read_config(path: Path) -> tuple[float, int]:

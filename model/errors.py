@@ -60,3 +60,8 @@ def printable(text: str) -> str:
     if len(text) > 900:
         text = f"{text[:500]} ... {text[-300:]}"
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def overflow_notice(name: str, count: int, dtype: str) -> str:
+    """What is said of a weight that was cast."""
+    return f"{name}: {count} values are too large for {dtype} and became infinite"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from model.architecture import architecture
 from model.config import Config
 from model.decoder import Decoder
 from model.device import Device
-from model.errors import CheckpointError, ContextError, ModelError
+from model.errors import CheckpointError, ContextError, LoadNotice, ModelError
 from model.files import as_path
 from model.generate import Generation, Limits, Row, run
 from model.graph import GraphDecoder, can_capture, captured_capacity
@@ -315,10 +316,14 @@ class LanguageModel:
     def load_adapter(self, folder: str | Path) -> None:
         """Adds a LoRA adapter in PEFT's layout to the weights, in place; to be without it, load the model again.
 
-        Raises CheckpointError for one that is damaged, does not fit, or asks for what is not computed here.
+        Raises CheckpointError for one that is damaged, does not fit, or asks for what is not computed here. A sum that
+        is too large for the weights' dtype is said in `notices`, and issued as a `LoadNotice`.
         """
-        merge(self.parameters, read_adapter(as_path("folder", folder, CheckpointError), self.config))
+        notices = merge(self.parameters, read_adapter(as_path("folder", folder, CheckpointError), self.config))
         self._base = None
+        self.notices += notices
+        for notice in notices:
+            warnings.warn(notice, LoadNotice, stacklevel=2)
 
     def _run(self, request: Request, batch_size: int) -> Iterator[tuple[Row, str]]:
         rows, limits = request.rows, request.limits

@@ -23,7 +23,7 @@ from model.architecture import architecture
 from model.checkpoint import TensorEntry, read_entries
 from model.config import Config, read_config
 from model.device import Device
-from model.errors import CheckpointError, ModelError
+from model.errors import CheckpointError, ModelError, overflow_notice
 from model.files import as_path, read_json
 from model.host_upload import CHUNK
 from model.names import HEAD, map_names
@@ -238,7 +238,7 @@ class Filled:
     def notices(self) -> list[str]:
         """A sentence for every tensor with values that became infinite."""
         return [
-            f"{name}: {lost.overflowed} values are too large for {self.parameters.dtype} and became infinite"
+            overflow_notice(name, lost.overflowed, self.parameters.dtype)
             for name, lost in self.losses.items()
             if lost.overflowed
         ]

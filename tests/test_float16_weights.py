@@ -1,4 +1,4 @@
-"""Products with float16 weights on NumPy: threads of our own, and numbers that do not depend on them."""
+"""float16 weights on NumPy: products in threads of our own, whose numbers do not depend on them; large adapters."""
 
 import os
 
@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from truth import Kind, check
 
+import model
 from gpukernels.cast import WIDENED
 from gpukernels.numpy_ops import storage
 from gpukernels.numpy_ops.storage import product
 from gpukernels.threads import MOST, blas_threads, pool, threads
+from model.adapter import LowRank, write_adapter
+from model.errors import LoadNotice
 
 
 @pytest.fixture
@@ -79,3 +82,18 @@ def test_a_forked_process_has_threads_of_its_own(with_threads):
     if child == 0:
         os._exit(int((product(x, weight) != expected).any()))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_adapter_that_is_too_large_for_the_weights_says_so(tmp_path):
+    config = model.GPT2Config(vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    update = LowRank(np.ones((1, 4), np.float32), np.array([[1e5], [0], [1]] * 4, np.float32), 1.0)
+    write_adapter(tmp_path, config, {"blocks.0.qkv": update}, alpha=1)
+    lm = model.from_config(config, seed=0, device="cpu", dtype="float16")
+    notice = "blocks.0.qkv.weight: 16 values are too large for float16 and became infinite"
+    with pytest.warns(LoadNotice, match=notice):
+        lm.load_adapter(tmp_path)
+    assert lm.notices == [notice]
+    assert np.isinf(lm.parameters["blocks.0.qkv.weight"]).sum() == 16
+    lm = model.from_config(config, seed=0, device="cpu", dtype="float32")
+    lm.load_adapter(tmp_path)  # no warning, which would be an error
+    assert lm.notices == []

@@ -85,14 +85,14 @@ def generate(
         context=context,
         progress=_bar(console),
     )
+    if adapter is not None:
+        lm.load_adapter(adapter)
     for notice in lm.notices:
         console.print(f"note: {notice}", soft_wrap=True)
     if lm.filled.nbytes >= _WORTH_A_BAR:
         rate = f"{lm.filled.gigabytes_per_second:.2f} GB/s"
         console.print(f"[loaded {human(lm.filled.nbytes)}, {rate}]", style="dim")
 
-    if adapter is not None:
-        lm.load_adapter(adapter)
     stops = list(stop or ())
     if few_shot_file is not None:
         text, stops = _few_shot(lm, text, few_shot_file, stops, max_new_tokens)
