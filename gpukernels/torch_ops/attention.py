@@ -88,7 +88,7 @@ def _tail(q, k, v, length, window, scale):
     else:
         keys, mask = length - first, None
         if new < keys or (window is not None and window < new):
-            mask = torch.ones(new, keys, dtype=torch.bool).tril_(keys - new)
+            mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril_(keys - new)
             if window is not None:
                 mask.triu_(keys - new - window + 1)
         options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": q.shape[1] != k.shape[1]}
