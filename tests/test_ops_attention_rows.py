@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from gpukernels import attention
 
@@ -20,3 +21,19 @@ def test_another_default_device_changes_nothing(window):
     with torch.device("meta"):
         found = attention(q, k, v, lengths=lengths, window=window)
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_transforms_and_traces_see_lengths_that_have_no_values():
+    q, k, v, lengths = arrays()
+    wanted = attention(q, k, v, lengths=lengths)
+    each = torch.func.vmap(lambda q, k, v, n: attention(q[None], k[None], v[None], lengths=n[None])[0])
+    torch.testing.assert_close(each(q, k, v, lengths), wanted)
+    _, slope = torch.func.jvp(lambda v: attention(q, k, v, lengths=lengths), (v,), (v,))  # linear in v
+    torch.testing.assert_close(slope, wanted)
+    traced = torch.jit.trace(lambda *each: attention(*each[:3], lengths=each[3]), (q, k, v, lengths), check_trace=False)
+    other = torch.tensor([4, 9])
+    torch.testing.assert_close(traced(q, k, v, other), attention(q, k, v, lengths=other))
+    with FakeTensorMode() as mode:
+        q, k, v, lengths = (mode.from_tensor(each) for each in (q, k, v, lengths))
+        assert attention(q, k, v, lengths=lengths).shape == q.shape

@@ -71,7 +71,14 @@ def _inference(*arrays: torch.Tensor) -> bool:
     """Whether nothing differentiates, and lengths may be looked at: on the CPU a row is as much work as it is long."""
     narrow = arrays[0].device.type == "cpu" and arrays[0].dtype != torch.float64
     gradient = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
-    return narrow and not gradient and not torch.compiler.is_compiling()
+    return narrow and not gradient and not _watched(arrays[0])
+
+
+def _watched(array: torch.Tensor) -> bool:
+    """Whether someone reads along, for whom lengths have no values, or may have others later: a trace, `torch.func`."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+    fake = type(array) not in (torch.Tensor, torch.nn.Parameter)
+    return bool(tracing) or fake or torch._C._are_functorch_transforms_active()
 
 
 def _tail(q, k, v, length, window, scale):
