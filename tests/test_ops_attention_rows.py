@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from gpukernels import attention
+from gpukernels import attention, cached_attention
 
 
 def arrays(new: int = 3) -> tuple[torch.Tensor, ...]:
@@ -37,3 +37,20 @@ def test_transforms_and_traces_see_lengths_that_have_no_values():
     with FakeTensorMode() as mode:
         q, k, v, lengths = (mode.from_tensor(each) for each in (q, k, v, lengths))
         assert attention(q, k, v, lengths=lengths).shape == q.shape
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("first", [10, 12, 20, -3])
+def test_positions_beyond_the_cache_are_not_written(first, new):
+    q, k, v, _ = arrays(new)
+    lengths, keys, values, written = torch.tensor([first, 5]), -k, -v, (-k, -v)
+    found = cached_attention(q, k[:, :new], v[:, :new], *written, lengths)
+    for position in range(first - new, first):
+        if 0 <= position < 9:
+            keys[0, position], values[0, position] = k[0, position - first + new], v[0, position - first + new]
+    keys[1, 5 - new : 5], values[1, 5 - new : 5] = k[1, :new], v[1, :new]
+    assert torch.equal(written[0], keys)
+    assert torch.equal(written[1], values)
+    # With a gradient all rows are computed at once.
+    wanted = attention(q.requires_grad_(), keys, values, lengths=lengths)
+    torch.testing.assert_close(found, wanted.detach())

@@ -23,7 +23,8 @@ def attention(
             return _by_document(q, k, v, documents, scale)
     if causal and documents is None and not return_lse and batch and _inference(q, k, v):
         in_use = [keys] * batch if lengths is None else lengths.tolist()
-        return torch.stack([_tail(*row, window, scale) for row in zip(q, k, v, in_use, strict=True)])
+        if 0 <= min(in_use) <= max(in_use) <= keys:
+            return torch.stack([_tail(*row, window, scale) for row in zip(q, k, v, in_use, strict=True)])
     if lengths is None:
         lengths = torch.full((batch,), keys, dtype=torch.int64, device=q.device)
     position = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, T)
@@ -129,9 +130,10 @@ def cached_attention(q, k, v, keys, values, lengths, *, window=None, scale=None,
     new = k.shape[1]
     if _inference(q, k, v):
         for row, length in enumerate(lengths.tolist()):
-            start, padding = max(0, length - new), max(0, new - length)
-            keys[row, start:length] = k[row, padding:]
-            values[row, start:length] = v[row, padding:]
+            first, start = length - new, max(0, length - new)
+            stop = max(start, min(length, keys.shape[1]))
+            keys[row, start:stop] = k[row, start - first : stop - first]
+            values[row, start:stop] = v[row, start - first : stop - first]
     else:
         place = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, N)
         inside = (place >= 0) & (place < keys.shape[1])
