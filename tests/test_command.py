@@ -80,3 +80,14 @@ def test_a_disk_that_is_full_is_one_line(said):
             [sys.executable, "-m", "model.cli", *said], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60
         )
     assert (done.stderr, done.returncode) == (b"error: output: No space left on device\n", 2)
+
+
+@pytest.mark.parametrize("said", [("check", "no/such/folder"), ("check", "--no-such-option")], ids=["model", "option"])
+def test_a_mistake_is_2_where_nobody_reads_what_it_is(said):
+    """And not 1, which is `check`'s for a model that would not load."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "model.cli", *said], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stderr.close()
+    assert (command.stdout.read(), command.wait(60)) == (b"", 2)
+    command.stdout.close()

@@ -4,6 +4,7 @@ A mistake is one line a problem on standard error and exit code 2 (`check`: 1 wh
 load); a traceback is a bug of ours.
 """
 
+import contextlib
 import os
 import sys
 import warnings
@@ -84,10 +85,10 @@ def _run() -> int | str | None:
         return done.code
     except ModelError as fault:
         for problem in fault.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            _say(problem)
         return 2
     except MemoryError:
-        print("error: not enough memory on this machine", file=sys.stderr)
+        _say("not enough memory on this machine")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -100,5 +101,10 @@ def _leave_to_typer(console: Console) -> None:
 
 
 def _failed(fault: OSError) -> int:
-    print(f"error: {fault.filename or 'output'}: {fault.strerror or fault}", file=sys.stderr)
+    _say(f"{fault.filename or 'output'}: {fault.strerror or fault}")
     return 2
+
+
+def _say(problem: str) -> None:
+    with contextlib.suppress(OSError):  # where nobody can read it, the exit code says it still
+        print(f"error: {problem}", file=sys.stderr)
