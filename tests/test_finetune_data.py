@@ -50,7 +50,7 @@ def counted(document, tokenizer):
 def test_a_text_file_is_one_document_ended_by_eos(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffIn the beginning\r\n\n\nGod".encode())
-    (document,) = read_documents(path, tokenizer)
+    (document,) = read_documents(np.str_(path), tokenizer)  # which has __array__, as arrays do
     assert document.ids.tolist() == [*tokenizer.encode("In the beginning\r\n\n\nGod"), EOS]
     assert document.ids.dtype == np.int32
     assert document.wanted.all()
@@ -247,6 +247,7 @@ def test_arrays_that_are_no_token_ids(tokenizer, tmp_path):
     assert "token 0 has the id -1" in answer(np.array([-1]), tokenizer)
     assert "whole numbers" in answer(np.array([0.5]), tokenizer)
     assert "whole numbers" in answer(torch.zeros(3, dtype=torch.bfloat16), tokenizer)
+    assert "cannot be read as an array" in answer(torch.zeros(3, device="meta"), tokenizer)
     assert "whole numbers" in answer(np.zeros((1, 1, 1), int), tokenizer)
     assert "there is no token in it" in answer(np.zeros((3, 0), int), tokenizer)
     assert "size of the vocabulary" in answer(np.array([1]), None)

@@ -71,7 +71,7 @@ def read_documents(
     if mask_prompt and kind != ".jsonl":
         raise DataError(f"{name}: has no prompts to mask; those of a .jsonl file can be")
 
-    if kind == ".npy" or hasattr(source, "__array__"):
+    if kind == ".npy" or (path is None and hasattr(source, "__array__")):
         ids = _on_host(source) if path is None else _read_array(path)
         return _of_array(ids, name, eos, vocabulary)
     if tokenizer is None:
@@ -162,10 +162,13 @@ def _read_array(path: Path) -> np.ndarray:
 
 
 def _on_host(source: Any) -> np.ndarray:
-    """What NumPy takes for an array, or a tensor of any device and dtype."""
-    if hasattr(source, "is_floating_point"):
-        source = (source.double() if source.is_floating_point() else source).detach().cpu()
-    return np.asarray(source)
+    """What NumPy takes for an array, or a tensor of any device and dtype; DataError for one that has no such form."""
+    try:
+        if hasattr(source, "is_floating_point"):
+            source = (source.double() if source.is_floating_point() else source).detach().cpu()
+        return np.asarray(source)
+    except (TypeError, RuntimeError) as fault:  # of a sparse one, or one without numbers
+        raise DataError(f"the data: cannot be read as an array: {str(fault).splitlines()[0]}") from None
 
 
 def _of_array(ids: np.ndarray, name: str, eos: int | None, vocabulary: int | None) -> list[Document]:
