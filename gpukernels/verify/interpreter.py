@@ -76,7 +76,7 @@ def _shaped_once(make):
         sizes = shape.values if type(shape) is tl.tuple else shape
         key = element_ty.name, *[size.value if type(size) is tl.constexpr else size for size in sizes]
         known = made.get(key)
-        if known is None:
+        if known is None or not all(type(size) is int for size in key[1:]):  # 2.0, which Triton refuses, equals 2
             make(self, element_ty, shape)
             made[key] = self.shape, self.numel, self.name
         else:
