@@ -144,9 +144,9 @@ def read_entries(source: Path) -> dict[str, TensorEntry]:
 
 def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file, in file order; CheckpointError if the file is not whole."""
-    if path.is_fifo():  # opening it would wait for a writer
-        raise CheckpointError(f"{path}: a safetensors file is read from several places, and this is a pipe")
     try:
+        if path.is_fifo():  # opening it would wait for a writer
+            raise CheckpointError(f"{path}: a safetensors file is read from several places, and this is a pipe")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)

@@ -54,3 +54,18 @@ def test_positions_beyond_the_cache_are_not_written(first, new):
     # With a gradient all rows are computed at once.
     wanted = attention(q.requires_grad_(), keys, values, lengths=lengths)
     torch.testing.assert_close(found, wanted.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("window", [None, 2])
+def test_an_infinite_key_is_seen_by_those_alone_whom_nothing_hides_it_from(window, dtype):
+    """Behind some queries, and in front of the window of others; and the row beside it keeps its bits."""
+    q, k, v = (array.to(dtype) for array in arrays(5)[:3])
+    lengths = torch.tensor([9, 8])
+    plain = attention(q, k, v, lengths=lengths, window=window)
+    k[0, 6] = torch.inf
+    found = attention(q, k, v, lengths=lengths, window=window)
+    seen = [False, False, True, True, window is None]
+    assert found[0].isnan().flatten(1).any(1).tolist() == seen
+    torch.testing.assert_close(found[0, :2], plain[0, :2], rtol=1e-2, atol=1e-2)
+    assert torch.equal(found[1], plain[1])

@@ -9,11 +9,8 @@ import torch.nn.functional as F
 def attention(
     q, k, v, *, causal=True, window=None, lengths=None, documents=None, scale=None, return_lse=False
 ):  # fmt: skip
-    batch, new, heads, width = q.shape
-    keys = k.shape[1]
-    group = heads // k.shape[2]
-    scale = 1 / math.sqrt(width) if scale is None else scale
-    dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    batch, new, keys, dtype = *q.shape[:2], k.shape[1], q.dtype
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
 
     simple = causal and window is None and lengths is None and not return_lse and keys == new > 0 < batch
     if simple and dtype == torch.float32 and q.device.type == "cpu":
@@ -24,9 +21,18 @@ def attention(
     if causal and documents is None and not return_lse and batch and _inference(q, k, v):
         in_use = [keys] * batch if lengths is None else lengths.tolist()
         if 0 <= min(in_use) <= max(in_use) <= keys:
-            return torch.stack([_tail(*row, window, scale) for row in zip(q, k, v, in_use, strict=True)])
+            return torch.stack([_row(*row, window, scale) for row in zip(q, k, v, in_use, strict=True)])
     if lengths is None:
         lengths = torch.full((batch,), keys, dtype=torch.int64, device=q.device)
+    out, lse = _by_scores(q, k, v, lengths, documents, causal, window, scale)
+    return (out, lse) if return_lse else out
+
+
+def _by_scores(q, k, v, lengths, documents, causal, window, scale):
+    """The formula, for all rows at once: the result, and the log-sum-exp."""
+    batch, new, heads, _ = q.shape
+    keys, group = k.shape[1], heads // k.shape[2]
+    dtype, compute = q.dtype, torch.promote_types(q.dtype, torch.float32)
     position = lengths[:, None] - new + torch.arange(new, device=q.device)  # (B, T)
     key = torch.arange(keys, device=q.device)
     visible = (key < lengths[:, None])[:, None] & (position >= 0)[..., None]  # (B, T, S)
@@ -53,8 +59,6 @@ def attention(
     scores = torch.where(sees, scores, 0)
     weights = torch.where(visible, torch.softmax(scores, -1), 0)
     out = (weights @ v).transpose(1, 2).contiguous().to(dtype)
-    if not return_lse:
-        return out
     return out, torch.where(sees[..., 0], torch.logsumexp(scores, -1), -torch.inf).expand(batch, heads, new)
 
 
@@ -82,8 +86,17 @@ def _watched(array: torch.Tensor) -> bool:
     return bool(tracing) or fake or torch._C._are_functorch_transforms_active()
 
 
-def _tail(q, k, v, length, window, scale):
+def _row(q, k, v, length, window, scale):
     """One row: queries (T, H, D), of which the last ones are the tail of the `length` keys in use; (T, H, D)."""
+    out = _tail(q, k, v, length, window, scale)
+    if len(q) > 1 and out.isnan().any():  # torch adds its mask: an infinite key that it hides makes a NaN, too
+        lengths = torch.tensor([length], device=q.device)
+        return _by_scores(q[None], k[None], v[None], lengths, None, True, window, scale)[0][0]
+    return out
+
+
+def _tail(q, k, v, length, window, scale):
+    """The same, by torch's own attention."""
     new = min(len(q), length)
     first = 0 if window is None else max(0, length - new - window + 1)  # the first key that any query sees
     compute = torch.promote_types(q.dtype, torch.float32)
