@@ -61,15 +61,19 @@ def test_the_entry_is_installed_with_the_packages():
 SAID = [("check", "tiny-gpt2"), ("info", "tiny-gpt2"), ("generate", "And", "--max-new-tokens", "2", "--quiet")]
 
 
+def without_a_reader(gone, said):
+    """What a command says where nobody reads "stdout" or "stderr": on the other of them, and its exit code."""
+    streams = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-m", "model.cli", *said], cwd=ROOT, **streams) as command:
+        getattr(command, gone).close()
+        other = command.stderr if gone == "stdout" else command.stdout
+        return other.read(), command.wait(60)
+
+
 @pytest.mark.parametrize("said", SAID, ids=lambda said: said[0])
 def test_a_reader_who_has_gone_is_141_without_a_word(said):
     """And not 1, which is `check`'s for a model that would not load."""
-    command = subprocess.Popen(
-        [sys.executable, "-m", "model.cli", *said], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    command.stdout.close()
-    assert (command.stderr.read(), command.wait(60)) == (b"", 141)
-    command.stderr.close()
+    assert without_a_reader("stdout", said) == (b"", 141)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
@@ -84,10 +88,5 @@ def test_a_disk_that_is_full_is_one_line(said):
 
 @pytest.mark.parametrize("said", [("check", "no/such/folder"), ("check", "--no-such-option")], ids=["model", "option"])
 def test_a_mistake_is_2_where_nobody_reads_what_it_is(said):
-    """And not 1, which is `check`'s for a model that would not load."""
-    command = subprocess.Popen(
-        [sys.executable, "-m", "model.cli", *said], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    command.stderr.close()
-    assert (command.stdout.read(), command.wait(60)) == (b"", 2)
-    command.stdout.close()
+    """As above."""
+    assert without_a_reader("stderr", said) == (b"", 2)
